@@ -1,0 +1,326 @@
+//! LoRA adapters, on disk in the format of Hugging Face PEFT.
+
+use crate::config::ModelConfig;
+use crate::{Error, Result};
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// The seven projections of a Qwen2 block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Target {
+    Q,
+    K,
+    V,
+    O,
+    Gate,
+    Up,
+    Down,
+}
+
+impl Target {
+    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// The module's name, as in PEFT's `target_modules`.
+    pub fn module(self) -> &'static str {
+        match self {
+            Self::Q => "q_proj",
+            Self::K => "k_proj",
+            Self::V => "v_proj",
+            Self::O => "o_proj",
+            Self::Gate => "gate_proj",
+            Self::Up => "up_proj",
+            Self::Down => "down_proj",
+        }
+    }
+
+    /// The path of the module below its layer.
+    pub fn path(self) -> String {
+        let parent = match self {
+            Self::Q | Self::K | Self::V | Self::O => "self_attn",
+            Self::Gate | Self::Up | Self::Down => "mlp",
+        };
+        format!("{parent}.{}", self.module())
+    }
+
+    /// Qwen2 has biases on q, k and v only.
+    pub fn has_bias(self) -> bool {
+        matches!(self, Self::Q | Self::K | Self::V)
+    }
+}
+
+/// The part of PEFT's `LoraConfig` that changes the computation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoraConfig {
+    pub r: usize,
+    pub lora_alpha: f64,
+    /// Probability with which an input of an adapter is dropped in training.
+    pub lora_dropout: f32,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { r: 16, lora_alpha: 32.0, lora_dropout: 0.1 }
+    }
+}
+
+impl LoraConfig {
+    /// The factor of the adapter's output (Hu et al. 2021): alpha / r.
+    pub fn scale(&self) -> f64 {
+        self.lora_alpha / self.r as f64
+    }
+}
+
+/// The two factors of one adapted projection, row-major f32.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LoraPair {
+    /// `[r, in_features]`
+    pub a: Vec<f32>,
+    /// `[out_features, r]`
+    pub b: Vec<f32>,
+}
+
+/// One value for each adapted projection: weights, or their gradients.
+pub type AdapterTensors = BTreeMap<(usize, Target), LoraPair>;
+
+/// An adapter for all seven projections of every layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adapter {
+    pub config: LoraConfig,
+    pub tensors: AdapterTensors,
+}
+
+const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+const CONFIG_FILE: &str = "adapter_config.json";
+
+/// `adapter_config.json`. Options that change the computation are read in order to refuse them.
+#[derive(Serialize, Deserialize)]
+struct PeftConfig {
+    peft_type: String,
+    task_type: Option<String>,
+    base_model_name_or_path: Option<String>,
+    r: usize,
+    lora_alpha: f64,
+    #[serde(default)]
+    lora_dropout: f32,
+    #[serde(default)]
+    bias: Option<String>,
+    #[serde(default)]
+    fan_in_fan_out: bool,
+    #[serde(default)]
+    use_rslora: bool,
+    #[serde(default)]
+    use_dora: bool,
+    #[serde(default)]
+    target_modules: serde_json::Value,
+    #[serde(default)]
+    modules_to_save: Option<Vec<String>>,
+    #[serde(default)]
+    inference_mode: bool,
+}
+
+impl Adapter {
+    /// Reads a PEFT adapter folder and checks it against the model it is for.
+    pub fn read(dir: &Path, model: &ModelConfig) -> Result<Self> {
+        let config = read_config(&dir.join(CONFIG_FILE))?;
+        let path = dir.join(WEIGHTS_FILE);
+        let bytes = std::fs::read(&path).map_err(|e| Error::file(&path, e))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::file(&path, e))?;
+        let mut tensors = AdapterTensors::new();
+        for layer in 0..model.num_hidden_layers {
+            for target in Target::ALL {
+                let [out_features, in_features] = model.projection_shape(target);
+                let read = |factor: char, shape: [usize; 2]| {
+                    let name = tensor_name(layer, target, factor);
+                    read_tensor(&file, &name, shape).map_err(|problem| Error::file(&path, problem))
+                };
+                let pair = LoraPair {
+                    a: read('A', [config.r, in_features])?,
+                    b: read('B', [out_features, config.r])?,
+                };
+                tensors.insert((layer, target), pair);
+            }
+        }
+        let expected = tensors.len() * 2;
+        if file.len() != expected {
+            let problem = format!(
+                "holds {} tensors, but LoRA on all seven projections of this model has {expected}",
+                file.len()
+            );
+            return Err(Error::file(&path, problem));
+        }
+        Ok(Self { config, tensors })
+    }
+
+    /// Writes a folder that `peft.PeftModel.from_pretrained` loads. `base_model` goes into the config
+    /// for the reader's information.
+    pub fn write(&self, dir: &Path, base_model: &str) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(|e| Error::file(dir, e))?;
+        let modules: Vec<_> = Target::ALL.iter().map(|t| t.module()).collect();
+        let config = PeftConfig {
+            peft_type: "LORA".into(),
+            task_type: Some("CAUSAL_LM".into()),
+            base_model_name_or_path: Some(base_model.into()),
+            r: self.config.r,
+            lora_alpha: self.config.lora_alpha,
+            lora_dropout: self.config.lora_dropout,
+            bias: Some("none".into()),
+            fan_in_fan_out: false,
+            use_rslora: false,
+            use_dora: false,
+            target_modules: modules.into(),
+            modules_to_save: None,
+            inference_mode: true,
+        };
+        let path = dir.join(CONFIG_FILE);
+        let text = serde_json::to_string_pretty(&config).map_err(|e| Error::file(&path, e))?;
+        std::fs::write(&path, text).map_err(|e| Error::file(&path, e))?;
+        write_tensors(&dir.join(WEIGHTS_FILE), &self.tensors, self.config.r)
+    }
+
+    pub fn parameters(&self) -> usize {
+        self.tensors.values().map(|pair| pair.a.len() + pair.b.len()).sum()
+    }
+}
+
+/// Writes adapter tensors, or gradients of the same names, as safetensors.
+pub fn write_tensors(path: &Path, tensors: &AdapterTensors, r: usize) -> Result<()> {
+    let mut named = Vec::new();
+    for ((layer, target), pair) in tensors {
+        for (factor, values, shape) in
+            [('A', &pair.a, vec![r, pair.a.len() / r]), ('B', &pair.b, vec![pair.b.len() / r, r])]
+        {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            named.push((tensor_name(*layer, *target, factor), shape, bytes));
+        }
+    }
+    let views = named
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
+        .map_err(|e| Error::file(path, e))?;
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    safetensors::serialize_to_file(views, Some(metadata), path).map_err(|e| Error::file(path, e))
+}
+
+fn tensor_name(layer: usize, target: Target, factor: char) -> String {
+    format!("base_model.model.model.layers.{layer}.{}.lora_{factor}.weight", target.path())
+}
+
+fn read_config(path: &Path) -> Result<LoraConfig> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
+    let raw: PeftConfig = serde_json::from_str(&text).map_err(|e| Error::file(path, e))?;
+    let refuse = |field: &str| Err(Error::file(path, format_args!("{field} is not supported")));
+    if raw.peft_type != "LORA" {
+        return Err(Error::file(
+            path,
+            format_args!("peft_type is {}, but only LORA is supported", raw.peft_type),
+        ));
+    }
+    if raw.use_dora {
+        return refuse("use_dora");
+    }
+    if raw.use_rslora {
+        return refuse("use_rslora");
+    }
+    if raw.fan_in_fan_out {
+        return refuse("fan_in_fan_out");
+    }
+    if raw.bias.is_some_and(|bias| bias != "none") {
+        return refuse("bias other than none");
+    }
+    if raw.modules_to_save.is_some_and(|modules| !modules.is_empty()) {
+        return refuse("modules_to_save");
+    }
+    if raw.r == 0 {
+        return Err(Error::file(path, "r is 0"));
+    }
+    if !(0.0..1.0).contains(&raw.lora_dropout) {
+        return Err(Error::file(
+            path,
+            format_args!("lora_dropout is {}, which is not in [0, 1)", raw.lora_dropout),
+        ));
+    }
+    Ok(LoraConfig { r: raw.r, lora_alpha: raw.lora_alpha, lora_dropout: raw.lora_dropout })
+}
+
+fn read_tensor(
+    file: &SafeTensors<'_>,
+    name: &str,
+    shape: [usize; 2],
+) -> std::result::Result<Vec<f32>, String> {
+    let tensor = file.tensor(name).map_err(|_| format!("{name} is missing"))?;
+    if tensor.shape() != shape {
+        return Err(format!("{name} has shape {:?}, expected {shape:?}", tensor.shape()));
+    }
+    let values: Vec<f32> = match tensor.dtype() {
+        Dtype::F32 => words(tensor.data()).map(f32::from_le_bytes).collect(),
+        Dtype::BF16 => words(tensor.data()).map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::F16 => words(tensor.data()).map(|b| f16::from_le_bytes(b).to_f32()).collect(),
+        other => return Err(format!("{name} has dtype {other:?}, expected F32, BF16 or F16")),
+    };
+    match values.iter().position(|v| !v.is_finite()) {
+        Some(index) => Err(format!("{name} is not finite at element {index}")),
+        None => Ok(values),
+    }
+}
+
+fn words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
+    bytes.as_chunks::<N>().0.iter().copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> ModelConfig {
+        ModelConfig {
+            vocab_size: 10,
+            hidden_size: 8,
+            intermediate_size: 12,
+            num_hidden_layers: 1,
+            num_attention_heads: 2,
+            num_key_value_heads: 1,
+            head_dim: 4,
+            max_position_embeddings: 32,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1e4,
+            tie_word_embeddings: true,
+        }
+    }
+
+    fn adapter() -> Adapter {
+        let config = LoraConfig { r: 2, lora_alpha: 4.0, lora_dropout: 0.1 };
+        let pair = |target| {
+            let [out, input] = model().projection_shape(target);
+            LoraPair { a: (0..2 * input).map(|i| i as f32).collect(), b: vec![0.5; out * 2] }
+        };
+        let tensors = Target::ALL.iter().map(|&t| ((0, t), pair(t))).collect();
+        Adapter { config, tensors }
+    }
+
+    #[test]
+    fn an_adapter_survives_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        adapter().write(dir.path(), "base").unwrap();
+        assert_eq!(Adapter::read(dir.path(), &model()).unwrap(), adapter());
+    }
+
+    #[test]
+    fn an_adapter_for_another_shape_or_method_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        adapter().write(dir.path(), "base").unwrap();
+        let wider = ModelConfig { hidden_size: 16, ..model() };
+        let error = Adapter::read(dir.path(), &wider).unwrap_err().to_string();
+        assert!(error.contains("q_proj.lora_A.weight has shape [2, 8], expected [2, 16]"), "{error}");
+
+        let path = dir.path().join(CONFIG_FILE);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replace("\"use_dora\": false", "\"use_dora\": true")).unwrap();
+        let error = Adapter::read(dir.path(), &model()).unwrap_err().to_string();
+        assert!(error.contains("adapter_config.json: use_dora"), "{error}");
+    }
+}

@@ -1,0 +1,318 @@
+//! The messages between the harness and a worker: one JSON object a line, a request and its reply in
+//! turn. Bulk data goes by file; a message carries the path.
+
+use crate::{Error, Result};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Raised when a message changes its meaning. Harness and worker must agree.
+pub const VERSION: u32 = 1;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Request {
+    pub id: u64,
+    #[serde(flatten)]
+    pub call: Call,
+}
+
+/// Exactly one of `result` and `error` is there.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Response {
+    pub id: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<serde_json::Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Error>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "method", content = "params", rename_all = "snake_case")]
+pub enum Call {
+    Hello(Hello),
+    Load(Load),
+    AttachAdapter(AttachAdapter),
+    TrainStep(TrainStep),
+    Gradients(Gradients),
+    Evaluate(Evaluate),
+    Prefill(Prefill),
+    Decode(Decode),
+    Logits(Logits),
+    SaveAdapter(SaveAdapter),
+    Memory(Memory),
+    Bye(Bye),
+}
+
+/// A call with the type of its reply.
+pub trait CallType: Serialize + DeserializeOwned + Into<Call> {
+    type Reply: Serialize + DeserializeOwned;
+}
+
+macro_rules! calls {
+    ($($call:ident -> $reply:ty;)*) => {$(
+        impl From<$call> for Call {
+            fn from(call: $call) -> Self {
+                Self::$call(call)
+            }
+        }
+        impl CallType for $call {
+            type Reply = $reply;
+        }
+    )*};
+}
+
+calls! {
+    Hello -> EngineInfo;
+    Load -> Loaded;
+    AttachAdapter -> AdapterAttached;
+    TrainStep -> StepReport;
+    Gradients -> StepReport;
+    Evaluate -> EvaluationReport;
+    Prefill -> PrefillReport;
+    Decode -> DecodeReport;
+    Logits -> Done;
+    SaveAdapter -> Done;
+    Memory -> DeviceMemory;
+    Bye -> Done;
+}
+
+/// First message: agree on the protocol.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Hello {
+    pub protocol: u32,
+}
+
+/// Who answers, on what.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EngineInfo {
+    pub protocol: u32,
+    /// As on the command line, e.g. `candle-cpu`.
+    pub engine: String,
+    /// Version of the adapter code around the framework.
+    pub engine_version: String,
+    pub framework: String,
+    pub framework_version: String,
+    pub device: DeviceInfo,
+    /// The type in which activations are computed, e.g. `f32`.
+    pub compute_dtype: String,
+    /// Compile-time switches that change speed, e.g. `x86-v4`, `autotune`.
+    pub features: Vec<String>,
+    pub threads: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    pub kind: DeviceKind,
+    pub name: String,
+    /// Driver or graphics API, where there is one.
+    pub driver: Option<String>,
+    /// Renders on the CPU: works, but its speed says nothing about a GPU.
+    pub software: bool,
+    /// Memory of its own; `None` where it shares the host's.
+    pub memory_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceKind {
+    Cpu,
+    /// A GPU with memory of its own.
+    DiscreteGpu,
+    /// A GPU that shares the host's memory.
+    UnifiedGpu,
+}
+
+/// How the frozen base is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantization {
+    /// As in the checkpoint: the exact-parity path.
+    None,
+    /// NF4 with double quantisation for the seven projections; embedding, head and norms as they are.
+    Nf4,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Load {
+    /// A Hugging Face folder.
+    pub model: PathBuf,
+    pub quantization: Quantization,
+}
+
+/// Where the time of a load went, in seconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct LoadTimes {
+    /// From file to memory.
+    pub read_seconds: f64,
+    /// Widening to f32 and quantizing.
+    pub quantize_seconds: f64,
+    /// The engine's own part: conversion to its tensors, transfer to the device.
+    pub upload_seconds: f64,
+    /// From the call to the first possible forward pass.
+    pub total_seconds: f64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Loaded {
+    pub times: LoadTimes,
+    pub parameters: u64,
+    /// Bytes of the model's tensors in the checkpoint.
+    pub checkpoint_bytes: u64,
+}
+
+/// AdamW (Loshchilov and Hutter 2019) with the names and defaults of PyTorch, except the rate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainingConfig {
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    /// Decoupled, as in `torch.optim.AdamW`.
+    pub weight_decay: f64,
+    /// Gradients are scaled down to this L2 norm, as by `torch.nn.utils.clip_grad_norm_`.
+    pub max_grad_norm: Option<f64>,
+    /// Keep only each block's input and compute the block again in the backward pass.
+    pub gradient_checkpointing: bool,
+}
+
+impl Default for TrainingConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: 2e-4,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            max_grad_norm: None,
+            gradient_checkpointing: true,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AttachAdapter {
+    /// A PEFT adapter folder: the initialisation is the harness's.
+    pub adapter: PathBuf,
+    pub training: TrainingConfig,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AdapterAttached {
+    pub trainable_parameters: u64,
+}
+
+/// Lines of a file of batches, counted from 0.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BatchRef {
+    pub file: PathBuf,
+    pub lines: Vec<usize>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TrainStep {
+    pub step: u64,
+    pub dropout_seed: u64,
+    /// One line for each micro-batch.
+    pub batches: BatchRef,
+}
+
+/// As [`TrainStep`], without an update: the gradients go to a safetensors file with the adapter's
+/// tensor names.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Gradients {
+    pub step: u64,
+    pub dropout_seed: u64,
+    pub batches: BatchRef,
+    pub output: PathBuf,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StepReport {
+    /// Mean nats per supervised position, before the update.
+    pub loss: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    /// Up to the synchronisation after the update.
+    pub seconds: f64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Evaluate {
+    pub batches: BatchRef,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct EvaluationReport {
+    /// Mean nats per supervised position.
+    pub loss: f64,
+    pub tokens: usize,
+    pub seconds: f64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Prefill {
+    pub tokens: Vec<u32>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PrefillReport {
+    /// The most likely token after the prompt.
+    pub next: u32,
+    pub seconds: f64,
+}
+
+/// Greedy decoding that continues the last prefill or decode; end-of-sequence does not stop it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Decode {
+    /// The token to begin with, as the last reply gave it.
+    pub first: u32,
+    pub steps: usize,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DecodeReport {
+    /// The token after each step.
+    pub tokens: Vec<u32>,
+    /// Time of each step, each with its synchronisation.
+    pub seconds: Vec<f64>,
+}
+
+/// Writes `logits` `[tokens, vocab_size]` as f32 safetensors.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Logits {
+    pub tokens: Vec<u32>,
+    pub output: PathBuf,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SaveAdapter {
+    /// Folder to write in PEFT's format.
+    pub output: PathBuf,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Memory {}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Bye {}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Done {}
+
+/// The device allocator's own figures in bytes; `None` where the framework does not tell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct DeviceMemory {
+    /// Bytes of live tensors.
+    pub in_use_bytes: Option<u64>,
+    /// Bytes taken from the device, free pool pages included.
+    pub reserved_bytes: Option<u64>,
+}
+
+impl Response {
+    pub fn new(id: u64, outcome: Result<serde_json::Value>) -> Self {
+        match outcome {
+            Ok(result) => Self { id, result: Some(result), error: None },
+            Err(error) => Self { id, result: None, error: Some(error) },
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Hands the weights of a checkpoint to an engine, one at a time, in the form it shall store.
+
+use crate::checkpoint::{Checkpoint, ElementType, TensorReader, widen};
+use crate::config::ModelConfig;
+use crate::lora::Target;
+use crate::nf4::{BLOCK, Nf4Builder, Nf4Tensor};
+use crate::protocol::{LoadTimes, Quantization};
+use crate::{Error, Result};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::time::Instant;
+
+/// Elements that are in memory in full precision at a time while a tensor is quantized: 16 MiB.
+const PIECE: usize = 65_536 * BLOCK;
+
+/// A matrix of the frozen base.
+#[derive(Debug, Clone)]
+pub enum Weight {
+    Dense(DenseTensor),
+    Nf4(Nf4Tensor),
+}
+
+/// A tensor in the checkpoint's own type.
+#[derive(Debug, Clone)]
+pub struct DenseTensor {
+    /// `[out_features, in_features]`, or `[vocab_size, hidden_size]`.
+    pub shape: [usize; 2],
+    pub data: DenseData,
+}
+
+#[derive(Debug, Clone)]
+pub enum DenseData {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl DenseTensor {
+    pub fn into_f32(self) -> Vec<f32> {
+        match self.data {
+            DenseData::F32(values) => values,
+            DenseData::F16(values) => values.par_iter().map(|v| v.to_f32()).collect(),
+            DenseData::Bf16(values) => values.par_iter().map(|v| v.to_f32()).collect(),
+        }
+    }
+}
+
+/// A linear layer of the frozen base.
+#[derive(Debug, Clone)]
+pub struct Projection {
+    pub weight: Weight,
+    pub bias: Option<Vec<f32>>,
+}
+
+/// Reads and quantizes on demand, and keeps the time of both apart from what the engine does with the
+/// result.
+pub struct WeightLoader<'a> {
+    checkpoint: &'a Checkpoint,
+    quantization: Quantization,
+    times: &'a mut LoadTimes,
+}
+
+impl<'a> WeightLoader<'a> {
+    pub fn new(checkpoint: &'a Checkpoint, quantization: Quantization, times: &'a mut LoadTimes) -> Self {
+        Self { checkpoint, quantization, times }
+    }
+
+    pub fn config(&self) -> &'a ModelConfig {
+        &self.checkpoint.config
+    }
+
+    pub fn embedding(&mut self) -> Result<DenseTensor> {
+        let config = self.config();
+        self.dense("model.embed_tokens.weight", [config.vocab_size, config.hidden_size])
+    }
+
+    /// The output head, or `None` where it is the embedding.
+    pub fn head(&mut self) -> Result<Option<DenseTensor>> {
+        let config = self.config();
+        if config.tie_word_embeddings {
+            return Ok(None);
+        }
+        self.dense("lm_head.weight", [config.vocab_size, config.hidden_size]).map(Some)
+    }
+
+    pub fn final_norm(&mut self) -> Result<Vec<f32>> {
+        self.vector("model.norm.weight")
+    }
+
+    pub fn input_norm(&mut self, layer: usize) -> Result<Vec<f32>> {
+        self.vector(&format!("model.layers.{layer}.input_layernorm.weight"))
+    }
+
+    pub fn post_attention_norm(&mut self, layer: usize) -> Result<Vec<f32>> {
+        self.vector(&format!("model.layers.{layer}.post_attention_layernorm.weight"))
+    }
+
+    pub fn projection(&mut self, layer: usize, target: Target) -> Result<Projection> {
+        let prefix = format!("model.layers.{layer}.{}", target.path());
+        let name = format!("{prefix}.weight");
+        let shape = self.config().projection_shape(target);
+        let weight = match self.quantization {
+            Quantization::None => Weight::Dense(self.dense(&name, shape)?),
+            Quantization::Nf4 => Weight::Nf4(self.nf4(&name, shape)?),
+        };
+        let bias = match target.has_bias() {
+            true => Some(self.vector(&format!("{prefix}.bias"))?),
+            false => None,
+        };
+        Ok(Projection { weight, bias })
+    }
+
+    fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
+        let start = Instant::now();
+        let mut reader = self.checkpoint.reader(name)?;
+        let mut values = vec![0.0; reader.remaining()];
+        reader.read_f32(&mut values)?;
+        self.times.read_seconds += start.elapsed().as_secs_f64();
+        Ok(values)
+    }
+
+    fn dense(&mut self, name: &str, shape: [usize; 2]) -> Result<DenseTensor> {
+        let start = Instant::now();
+        let mut reader = self.checkpoint.reader(name)?;
+        let data = match reader.element_type() {
+            ElementType::F32 => {
+                DenseData::F32(collect(name, &mut reader, f32::from_le_bytes, f32::is_finite)?)
+            }
+            ElementType::F16 => {
+                DenseData::F16(collect(name, &mut reader, f16::from_le_bytes, f16::is_finite)?)
+            }
+            ElementType::Bf16 => {
+                DenseData::Bf16(collect(name, &mut reader, bf16::from_le_bytes, bf16::is_finite)?)
+            }
+        };
+        self.times.read_seconds += start.elapsed().as_secs_f64();
+        Ok(DenseTensor { shape, data })
+    }
+
+    fn nf4(&mut self, name: &str, shape: [usize; 2]) -> Result<Nf4Tensor> {
+        let mut reader = self.checkpoint.reader(name)?;
+        let dtype = reader.element_type();
+        let mut builder = Nf4Builder::new(shape);
+        let mut piece = vec![0.0; PIECE.min(reader.remaining())];
+        while reader.remaining() > 0 {
+            let values = &mut piece[..PIECE.min(reader.remaining())];
+            let start = Instant::now();
+            let bytes = reader.read_bytes(values.len())?;
+            self.times.read_seconds += start.elapsed().as_secs_f64();
+
+            let start = Instant::now();
+            let width = dtype.bytes();
+            values
+                .par_chunks_mut(1024 * BLOCK)
+                .zip(bytes.par_chunks(1024 * BLOCK * width))
+                .for_each(|(values, bytes)| widen(dtype, bytes, values));
+            if values.par_iter().any(|v| !v.is_finite()) {
+                return Err(not_finite(name));
+            }
+            builder.push(values);
+            self.times.quantize_seconds += start.elapsed().as_secs_f64();
+        }
+        let start = Instant::now();
+        let tensor = builder.finish();
+        self.times.quantize_seconds += start.elapsed().as_secs_f64();
+        Ok(tensor)
+    }
+}
+
+fn collect<T, const N: usize>(
+    name: &str,
+    reader: &mut TensorReader,
+    parse: fn([u8; N]) -> T,
+    finite: fn(T) -> bool,
+) -> Result<Vec<T>>
+where
+    T: Copy + Send + Sync,
+{
+    let mut values = Vec::with_capacity(reader.remaining());
+    while reader.remaining() > 0 {
+        let bytes = reader.read_bytes(PIECE.min(reader.remaining()))?;
+        values.extend(bytes.as_chunks::<N>().0.iter().map(|b| parse(*b)));
+    }
+    if values.par_iter().any(|v| !finite(*v)) {
+        return Err(not_finite(name));
+    }
+    Ok(values)
+}
+
+fn not_finite(name: &str) -> Error {
+    Error::input(format_args!("{name} holds a value that is NaN or infinite"))
+}
