@@ -1,0 +1,264 @@
+//! The record of a run: one JSON line per cell, appended and flushed as each cell ends.
+//!
+//! Reports are rendered from this file alone, so that a row holds everything a reader may ask about a
+//! figure: every sample, the definition's parameters, who ran where.
+
+use crate::measure::host::Environment;
+use crate::measure::memory::{MemoryPoint, PhaseMemory};
+use crate::scenario::Scenario;
+use anyhow::{bail, Context, Result};
+use evalfw_engine::protocol::{DeviceInfo, DeviceMemory, LoadTimes, Quantization};
+use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+/// Raised when a field changes its meaning.
+pub const SCHEMA: u32 = 1;
+
+pub const CELLS_FILE: &str = "cells.jsonl";
+
+/// One cell as it was run: one engine, one scenario, one model, one repetition, one process.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CellRecord {
+    pub schema: u32,
+    /// Unique within the run: `engine/model/scenario/quantization/repetition`.
+    pub cell: String,
+    pub engine: String,
+    pub engine_version: Option<String>,
+    pub framework: Option<String>,
+    pub framework_version: Option<String>,
+    pub device: Option<DeviceInfo>,
+    /// The type of activations, e.g. `f32`.
+    pub compute_dtype: Option<String>,
+    pub engine_features: Vec<String>,
+    pub threads: Option<usize>,
+    /// Name with parameters, e.g. `train-s512-b1`.
+    pub scenario: String,
+    pub parameters: Scenario,
+    pub model: ModelRecord,
+    pub quantization: Quantization,
+    pub repetition: u32,
+    pub seed: u64,
+    pub outcome: Outcome,
+    pub error: Option<CellError>,
+    /// RFC 3339, UTC.
+    pub started_at: String,
+    pub wall_seconds: f64,
+    /// Largest memory of the worker's process tree over all phases (see `docs` in the report).
+    pub peak_memory_bytes: Option<u64>,
+    /// Train: non-padding tokens per second of the median step. Infer: decoded tokens per second.
+    pub tokens_per_second: Option<f64>,
+    /// Train: source examples per second.
+    pub examples_per_second: Option<f64>,
+    pub samples: Samples,
+    pub environment: Environment,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelRecord {
+    pub name: String,
+    /// Parameters, with a tied head counted once.
+    pub parameters: u64,
+    /// Bytes of the model's tensors in the checkpoint.
+    pub checkpoint_bytes: u64,
+    /// Random weights of the exact shapes: speed and memory hold, text quality means nothing.
+    pub synthetic: bool,
+    /// Where it came from: a preset, a folder's name, a hub id with its commit.
+    pub origin: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    Ok,
+    /// The engine said why it could not.
+    Failed,
+    /// The worker's process died.
+    Crashed,
+    /// Out of memory, by the framework's word or the kernel's.
+    Oom,
+    /// A call took longer than its deadline.
+    Timeout,
+    /// The engine cannot run on this machine or in this build.
+    Unavailable,
+    /// It ran and gave a wrong answer. Its timings do not count.
+    Wrong,
+}
+
+impl Outcome {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Failed => "failed",
+            Self::Crashed => "crashed",
+            Self::Oom => "oom",
+            Self::Timeout => "timeout",
+            Self::Unavailable => "unavailable",
+            Self::Wrong => "wrong",
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CellError {
+    /// What the harness was doing, e.g. `train step 3`.
+    pub during: String,
+    pub message: String,
+    /// What to do about it, where that is known.
+    pub advice: Option<String>,
+    /// The last lines the worker wrote to standard error.
+    pub stderr_tail: Vec<String>,
+}
+
+/// Everything that was measured, unaggregated.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Samples {
+    pub load: Option<LoadSample>,
+    pub train: Vec<TrainSample>,
+    pub evaluations: Vec<EvaluationSample>,
+    pub prefill: Vec<PrefillSample>,
+    pub decode: Vec<DecodeSample>,
+    pub phases: Vec<PhaseMemory>,
+    /// Memory of the process tree over time, thinned to a bounded number of points.
+    pub memory: Vec<MemoryPoint>,
+    /// The framework's own figures, at the end of the last phase.
+    pub device_memory: Option<DeviceMemory>,
+    /// What the cell showed the engine to do.
+    pub probes: Vec<Probe>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoadSample {
+    #[serde(flatten)]
+    pub times: LoadTimes,
+    /// Whether the checkpoint was read from the page cache: `warm`, or `unknown`.
+    pub page_cache: String,
+}
+
+/// One optimizer step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainSample {
+    pub step: u64,
+    /// Warm-up steps are kept but do not count.
+    pub warmup: bool,
+    pub seconds: f64,
+    /// Mean nats per supervised position, before the update.
+    pub loss: f64,
+    pub grad_norm: f64,
+    /// Source examples in the step.
+    pub examples: usize,
+    /// Positions with a loss.
+    pub trained_tokens: usize,
+    /// Positions that are not padding.
+    pub real_tokens: usize,
+    /// All positions.
+    pub slot_tokens: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvaluationSample {
+    /// Optimizer steps before it.
+    pub after_steps: u64,
+    /// Mean nats per supervised position.
+    pub loss: f64,
+    pub tokens: usize,
+    pub seconds: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PrefillSample {
+    pub warmup: bool,
+    pub tokens: usize,
+    pub seconds: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DecodeSample {
+    pub warmup: bool,
+    /// Time of each token.
+    pub seconds: Vec<f64>,
+}
+
+/// A capability that the cell exercised, with the evidence.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Probe {
+    /// As in `reports/criteria.toml`.
+    pub name: String,
+    pub passed: bool,
+    pub evidence: String,
+}
+
+/// The append-only file of a run.
+pub struct RunLog {
+    path: PathBuf,
+    file: File,
+}
+
+impl RunLog {
+    /// Opens `cells.jsonl` in `dir` for appending. A line that a crash cut short is cut off.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join(CELLS_FILE);
+        drop_partial_line(&path).with_context(|| path.display().to_string())?;
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let file = file.with_context(|| format!("{}: cannot be written", path.display()))?;
+        Ok(Self { path, file })
+    }
+
+    /// Appends one row and waits until it is on disk.
+    pub fn append(&mut self, record: &CellRecord) -> Result<()> {
+        let mut line = serde_json::to_vec(record)?;
+        line.push(b'\n');
+        let written = self.file.write_all(&line).and_then(|()| self.file.sync_data());
+        written.with_context(|| format!("{}: cannot be written", self.path.display()))
+    }
+}
+
+fn drop_partial_line(path: &Path) -> std::io::Result<()> {
+    let content = match std::fs::read(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    let whole = content.iter().rposition(|&b| b == b'\n').map_or(0, |i| i + 1);
+    if whole < content.len() {
+        OpenOptions::new().write(true).open(path)?.set_len(whole as u64)?;
+    }
+    Ok(())
+}
+
+/// Reads a record: a run folder or its `cells.jsonl`. Of several rows for one cell (a resumed run) the
+/// last counts. A last line without an end is the mark of an interrupted run and is left out.
+pub fn read(path: &Path) -> Result<Vec<CellRecord>> {
+    let file_path = if path.is_dir() { path.join(CELLS_FILE) } else { path.to_owned() };
+    let file = File::open(&file_path)
+        .with_context(|| format!("{}: no record there (a run folder holds {CELLS_FILE})", file_path.display()))?;
+    let mut reader = BufReader::new(file);
+    let mut records: Vec<CellRecord> = Vec::new();
+    let mut line = String::new();
+    for number in 1.. {
+        line.clear();
+        let bytes = reader.read_line(&mut line).with_context(|| file_path.display().to_string())?;
+        if bytes == 0 || !line.ends_with('\n') {
+            break;
+        }
+        let place = || format!("{}: line {number}", file_path.display());
+        let schema: SchemaOnly = serde_json::from_str(&line).with_context(place)?;
+        if schema.schema != SCHEMA {
+            bail!("{}: schema {} (this evalfw reads schema {SCHEMA})", place(), schema.schema);
+        }
+        let record: CellRecord = serde_json::from_str(&line).with_context(place)?;
+        match records.iter_mut().find(|r| r.cell == record.cell) {
+            Some(earlier) => *earlier = record,
+            None => records.push(record),
+        }
+    }
+    if records.is_empty() {
+        bail!("{}: holds no finished cell", file_path.display());
+    }
+    Ok(records)
+}
+
+#[derive(Deserialize)]
+struct SchemaOnly {
+    schema: u32,
+}
