@@ -6,7 +6,7 @@
 use crate::measure::host::Environment;
 use crate::measure::memory::{MemoryPoint, PhaseMemory};
 use crate::scenario::Scenario;
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use evalfw_engine::protocol::{DeviceInfo, DeviceMemory, LoadTimes, Quantization};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
@@ -230,8 +230,9 @@ fn drop_partial_line(path: &Path) -> std::io::Result<()> {
 /// last counts. A last line without an end is the mark of an interrupted run and is left out.
 pub fn read(path: &Path) -> Result<Vec<CellRecord>> {
     let file_path = if path.is_dir() { path.join(CELLS_FILE) } else { path.to_owned() };
-    let file = File::open(&file_path)
-        .with_context(|| format!("{}: no record there (a run folder holds {CELLS_FILE})", file_path.display()))?;
+    let file = File::open(&file_path).with_context(|| {
+        format!("{}: no record there (a run folder holds {CELLS_FILE})", file_path.display())
+    })?;
     let mut reader = BufReader::new(file);
     let mut records: Vec<CellRecord> = Vec::new();
     let mut line = String::new();

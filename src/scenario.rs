@@ -3,7 +3,7 @@
 //! A scenario file says what is run; a suite combines scenarios with models, repetitions and other
 //! values of their parameters. In a suite, an array stands for one cell per value.
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use evalfw_engine::lora::LoraConfig;
 use evalfw_engine::protocol::{Quantization, TrainingConfig};
 use serde::de::DeserializeOwned;
@@ -144,9 +144,11 @@ impl Scenario {
             if !(0.0..1.0).contains(&s.lora_dropout) {
                 bail!("lora_dropout must be in [0, 1)");
             }
-            for (key, value) in
-                [("learning_rate", s.learning_rate), ("weight_decay", s.weight_decay), ("max_grad_norm", s.max_grad_norm)]
-            {
+            for (key, value) in [
+                ("learning_rate", s.learning_rate),
+                ("weight_decay", s.weight_decay),
+                ("max_grad_norm", s.max_grad_norm),
+            ] {
                 if !(value.is_finite() && value >= 0.0) {
                     bail!("{key} must be a number of at least 0");
                 }
