@@ -2,7 +2,16 @@
 //! and writes the decision report. The harness knows no framework: engines are worker processes behind
 //! the protocol of [`evalfw_engine`].
 
+pub mod cli;
+pub mod cmd;
+pub mod data;
+pub mod engines;
+pub mod interrupt;
 pub mod measure;
+pub mod plan;
+pub mod probe;
 pub mod record;
+pub mod run;
 pub mod scenario;
 pub mod stats;
+pub mod worker;

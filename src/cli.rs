@@ -1,0 +1,61 @@
+//! The command line.
+
+use crate::cmd::{engines, run, synth, worker};
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+const AFTER_HELP: &str = "\
+Examples:
+  evalfw run --all                         everything that can run here, on the embedded default
+  evalfw run --suite quick --model tiny    does it all work? a minute at most
+  evalfw run --engine candle-cpu,burn-flex --model Qwen/Qwen2.5-Coder-1.5B-Instruct
+  evalfw report results/20261123-101500-default
+  evalfw engines                           what can run on this machine, and what is missing
+
+Exit codes: 0 done, 1 a cell failed, 2 bad input, 130 interrupted.";
+
+/// Measures fine-tuning frameworks on the hardware at hand and writes the decision report.
+#[derive(Parser)]
+#[command(version, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::RunArgs),
+    Report(crate::cmd::report::ReportArgs),
+    Engines(engines::EnginesArgs),
+    Synth(synth::SynthArgs),
+    /// Serves one engine on standard input and output. Started by `run`.
+    #[command(hide = true)]
+    Worker(worker::WorkerArgs),
+}
+
+/// Bad input, and whatever else stopped a command before its work was done.
+const EXIT_ERROR: u8 = 2;
+
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run(args) => run::run(&args),
+        Command::Report(args) => crate::cmd::report::run(&args),
+        Command::Engines(args) => engines::run(&args),
+        Command::Synth(args) => synth::run(&args),
+        Command::Worker(args) => worker::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("evalfw: {error:#}");
+            ExitCode::from(EXIT_ERROR)
+        }
+    }
+}
+
+/// The reader of our output has seen enough, as in `evalfw engines | head -1`.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<std::io::Error>();
+    io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,7 @@
+//! One module for each verb.
+
+pub mod engines;
+pub mod report;
+pub mod run;
+pub mod synth;
+pub mod worker;

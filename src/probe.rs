@@ -1,0 +1,56 @@
+//! Asks an engine, in a worker of its own, whether it can run here: a crashing driver takes the worker
+//! down and not the harness.
+
+use crate::record::Outcome;
+use crate::worker::{Client, Failure, WorkerCommand};
+use evalfw_engine::protocol::EngineInfo;
+use serde::Serialize;
+use std::time::Duration;
+
+/// Opening a device may compile or load a driver's kernels.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Availability {
+    Available(EngineInfo),
+    Unavailable(Reason),
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct Reason {
+    /// `unavailable` as the engine says, or how its worker failed.
+    pub outcome: Outcome,
+    pub reason: String,
+    pub advice: Option<String>,
+    pub stderr_tail: Vec<String>,
+}
+
+pub fn probe(engine: &str, threads: Option<usize>) -> Availability {
+    let command = match WorkerCommand::built_in(engine, threads) {
+        Ok(command) => command,
+        Err(error) => return unavailable(Failure::Start(error), Vec::new()),
+    };
+    let mut client = match Client::start(&command, None, TIMEOUT) {
+        Ok(client) => client,
+        Err(failure) => return unavailable(failure, Vec::new()),
+    };
+    match client.hello() {
+        Ok(info) => {
+            // It has told what was asked; how it ends changes nothing.
+            let _ = client.finish();
+            Availability::Available(info)
+        }
+        Err(failure) => unavailable(failure, client.stderr_tail()),
+    }
+}
+
+fn unavailable(failure: Failure, stderr_tail: Vec<String>) -> Availability {
+    let error = failure.record("hello", stderr_tail);
+    Availability::Unavailable(Reason {
+        outcome: failure.outcome(),
+        reason: error.message,
+        advice: error.advice,
+        stderr_tail: error.stderr_tail,
+    })
+}

@@ -1,0 +1,117 @@
+//! A run: prepares the inputs, executes the cells, writes the record.
+
+pub mod cell;
+pub mod inputs;
+pub mod progress;
+mod scenarios;
+
+use crate::interrupt;
+use crate::measure::host::Environment;
+use crate::measure::metrics;
+use crate::plan::Cell;
+use crate::probe::Reason;
+use crate::record::{CellError, CellRecord, ModelRecord, Outcome, RunLog, Samples, SCHEMA};
+use anyhow::Result;
+use cell::{Execution, Executor};
+use evalfw_engine::protocol::EngineInfo;
+use progress::Progress;
+use std::collections::BTreeSet;
+
+/// What is the same for all cells of a run.
+pub struct RunContext {
+    pub models: Vec<ModelRecord>,
+    pub environment: Environment,
+}
+
+/// Runs the cells that are not in `done` one after the other and appends a row as each ends. Returns
+/// the rows of this call; an interrupt ends it early.
+pub fn execute(
+    context: &RunContext,
+    cells: &[Cell],
+    done: &BTreeSet<String>,
+    executor: &mut dyn Executor,
+    log: &mut RunLog,
+    progress: &Progress,
+) -> Result<Vec<CellRecord>> {
+    let mut records = Vec::new();
+    for (index, cell) in cells.iter().enumerate() {
+        let id = cell.id(&context.models[cell.model].name);
+        if done.contains(&id) {
+            continue;
+        }
+        progress.begin(index, cells.len(), &id);
+        let execution = executor.execute(cell, progress);
+        if interrupt::requested() {
+            // A cell that was cut short is no result; `--resume` runs it again.
+            break;
+        }
+        let record = context.record(cell, execution);
+        log.append(&record)?;
+        progress.end(&record);
+        records.push(record);
+    }
+    progress.finish();
+    Ok(records)
+}
+
+impl RunContext {
+    fn record(&self, cell: &Cell, execution: Execution) -> CellRecord {
+        let Execution { info, started_at, wall_seconds, samples, failure } = execution;
+        let outcome = failure.as_ref().map_or(Outcome::Ok, |(outcome, _)| *outcome);
+        let counts = outcome == Outcome::Ok;
+        let rates = metrics::train_rates(&samples).filter(|_| counts);
+        let decode = metrics::decode_rate(&samples).filter(|_| counts);
+        CellRecord {
+            tokens_per_second: rates.map(|r| r.real_tokens).or(decode),
+            examples_per_second: rates.map(|r| r.examples),
+            peak_memory_bytes: metrics::peak_memory(&samples),
+            started_at,
+            wall_seconds,
+            samples,
+            ..self.empty(cell, info, outcome, failure.map(|(_, error)| error))
+        }
+    }
+
+    /// The row of a cell whose engine cannot run here.
+    pub fn unavailable(&self, cell: &Cell, reason: &Reason) -> CellRecord {
+        let error = CellError {
+            during: "hello".into(),
+            message: reason.reason.clone(),
+            advice: reason.advice.clone(),
+            stderr_tail: reason.stderr_tail.clone(),
+        };
+        self.empty(cell, None, reason.outcome, Some(error))
+    }
+
+    fn empty(&self, cell: &Cell, info: Option<EngineInfo>, outcome: Outcome, error: Option<CellError>) -> CellRecord {
+        let model = &self.models[cell.model];
+        let of = |get: fn(&EngineInfo) -> String| info.as_ref().map(get);
+        CellRecord {
+            schema: SCHEMA,
+            cell: cell.id(&model.name),
+            engine: cell.engine.clone(),
+            engine_version: of(|i| i.engine_version.clone()),
+            framework: of(|i| i.framework.clone()),
+            framework_version: of(|i| i.framework_version.clone()),
+            device: info.as_ref().map(|i| i.device.clone()),
+            compute_dtype: of(|i| i.compute_dtype.clone()),
+            engine_features: info.as_ref().map_or_else(Vec::new, |i| i.features.clone()),
+            threads: info.as_ref().map(|i| i.threads),
+            scenario: cell.scenario.label(),
+            parameters: cell.scenario.clone(),
+            model: model.clone(),
+            quantization: cell.scenario.quantization(),
+            repetition: cell.repetition,
+            seed: cell.seed,
+            outcome,
+            error,
+            started_at: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            wall_seconds: 0.0,
+            peak_memory_bytes: None,
+            tokens_per_second: None,
+            examples_per_second: None,
+            samples: Samples::default(),
+            environment: self.environment.clone(),
+        }
+    }
+}

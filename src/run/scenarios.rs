@@ -1,0 +1,172 @@
+//! What each kind of scenario asks of a worker.
+
+use super::cell::Session;
+use super::inputs::{ModelInputs, TrainInputs};
+use crate::plan::Cell;
+use crate::record::{DecodeSample, EvaluationSample, LoadSample, PrefillSample, Probe, TrainSample};
+use crate::scenario::{InferScenario, Scenario, TrainScenario};
+use crate::worker::Failure;
+use evalfw_engine::lora::{Adapter, Target};
+use evalfw_engine::protocol::{
+    AttachAdapter, BatchRef, Decode, Evaluate, Load, Memory, Prefill, Quantization, SaveAdapter, TrainStep,
+};
+
+pub fn run(session: &mut Session<'_>, cell: &Cell, inputs: &ModelInputs) -> Result<(), Failure> {
+    load(session, inputs, cell.scenario.quantization())?;
+    match &cell.scenario {
+        Scenario::Load(_) => {}
+        Scenario::Train(scenario) => train(session, scenario, cell.seed, inputs)?,
+        Scenario::Infer(scenario) => infer(session, scenario, cell.seed, inputs)?,
+    }
+    let memory = session.call("memory", Memory {})?;
+    session.samples.device_memory = Some(memory);
+    Ok(())
+}
+
+fn load(session: &mut Session<'_>, inputs: &ModelInputs, quantization: Quantization) -> Result<(), Failure> {
+    session.phase("load");
+    let loaded = session.call("load", Load { model: inputs.dir.clone(), quantization })?;
+    session.samples.load =
+        Some(LoadSample { times: loaded.times, page_cache: inputs.page_cache.as_str().to_owned() });
+    let parameters = inputs.config.parameters();
+    if loaded.parameters != parameters {
+        return Err(Failure::Wrong(format!("loaded {} parameters of a model of {parameters}", loaded.parameters)));
+    }
+    let head = if inputs.config.tie_word_embeddings { "tied_head" } else { "untied_head" };
+    session.passed("load_checkpoint", "a Hugging Face folder was loaded");
+    session.passed(head, "the model's head is of this kind");
+    if inputs.files > 1 {
+        session.passed("sharded_checkpoint", &format!("the weights came from {} files", inputs.files));
+    }
+    if quantization == Quantization::Nf4 {
+        session.passed("load_nf4", "the seven projections of every layer were quantized while loading");
+        session.passed("double_quantization", "the scales of the 4-bit blocks are stored in 8 bits");
+    }
+    Ok(())
+}
+
+fn train(
+    session: &mut Session<'_>,
+    scenario: &TrainScenario,
+    seed: u64,
+    inputs: &ModelInputs,
+) -> Result<(), Failure> {
+    let files = inputs.train(scenario);
+    session.phase("attach");
+    let training = scenario.training();
+    session.call("attach adapter", AttachAdapter { adapter: files.adapter.clone(), training })?;
+
+    evaluate(session, files, 0)?;
+    session.phase("train");
+    let rows = scenario.gradient_accumulation_steps;
+    for step in 0..scenario.total_steps() {
+        let lines: Vec<usize> = (step * rows..(step + 1) * rows).collect();
+        let batches = &files.train[lines[0]..=lines[rows - 1]];
+        let sum = |of: fn(&evalfw_engine::batch::Batch) -> usize| batches.iter().map(|b| of(&b.batch)).sum();
+        let call = TrainStep {
+            step: step as u64,
+            dropout_seed: seed,
+            batches: BatchRef { file: files.train_file.clone(), lines },
+        };
+        let during = format!("train step {} of {}", step + 1, scenario.total_steps());
+        let report = session.call(during, call)?;
+        session.samples.train.push(TrainSample {
+            step: step as u64,
+            warmup: step < scenario.warmup_steps,
+            seconds: report.seconds,
+            loss: report.loss,
+            grad_norm: report.grad_norm,
+            examples: batches.iter().map(|b| b.examples).sum(),
+            trained_tokens: sum(|b| b.trained_tokens()),
+            real_tokens: sum(|b| b.real_tokens()),
+            slot_tokens: sum(|b| b.slot_tokens()),
+        });
+    }
+    check_gradients(session, scenario)?;
+    evaluate(session, files, scenario.total_steps() as u64)?;
+    session.phase("save");
+    check_saved_adapter(session, inputs)
+}
+
+fn evaluate(session: &mut Session<'_>, files: &TrainInputs, after_steps: u64) -> Result<(), Failure> {
+    if files.validation == 0 {
+        return Ok(());
+    }
+    session.phase("evaluate");
+    let batches = BatchRef { file: files.validation_file.clone(), lines: (0..files.validation).collect() };
+    let report = session.call("evaluate", Evaluate { batches })?;
+    session.samples.evaluations.push(EvaluationSample {
+        after_steps,
+        loss: report.loss,
+        tokens: report.tokens,
+        seconds: report.seconds,
+    });
+    Ok(())
+}
+
+fn check_gradients(session: &mut Session<'_>, scenario: &TrainScenario) -> Result<(), Failure> {
+    let steps = &session.samples.train;
+    if let Some(dead) = steps.iter().find(|s| s.grad_norm <= 0.0) {
+        return Err(Failure::Wrong(format!("the adapter's gradient is zero at step {}", dead.step)));
+    }
+    let evidence = format!("{} steps with finite losses and gradients", steps.len());
+    if scenario.quantization == Quantization::Nf4 {
+        session.passed("train_nf4", &evidence);
+    }
+    if scenario.lora_dropout > 0.0 {
+        session.passed("lora_dropout", &format!("trained with lora_dropout {}", scenario.lora_dropout));
+    }
+    if scenario.gradient_checkpointing {
+        session.passed("gradient_checkpointing", &evidence);
+    }
+    Ok(())
+}
+
+/// Reads back what was trained: a projection whose B is still zero never got a gradient.
+fn check_saved_adapter(session: &mut Session<'_>, inputs: &ModelInputs) -> Result<(), Failure> {
+    let folder = tempfile::tempdir().map_err(|e| Failure::Harness(format!("no temporary folder: {e}")))?;
+    session.call("save adapter", SaveAdapter { output: folder.path().to_owned() })?;
+    let adapter = Adapter::read(folder.path(), &inputs.config).map_err(|e| Failure::Wrong(e.to_string()))?;
+    session.passed("save_peft_adapter", "adapter_model.safetensors and adapter_config.json were written and read back");
+    let untrained = adapter.tensors.iter().find(|(_, pair)| pair.b.iter().all(|&b| b == 0.0));
+    if let Some(((layer, target), _)) = untrained {
+        return Err(Failure::Wrong(format!("no gradient reached {} of layer {layer}", target.module())));
+    }
+    let adapted = format!("{} projections of {} layers moved", Target::ALL.len(), inputs.config.num_hidden_layers);
+    session.passed("lora_all_projections", &adapted);
+    Ok(())
+}
+
+fn infer(
+    session: &mut Session<'_>,
+    scenario: &InferScenario,
+    seed: u64,
+    inputs: &ModelInputs,
+) -> Result<(), Failure> {
+    let prompt = inputs.prompt(scenario.prompt_tokens, seed);
+    let rounds = scenario.warmup + scenario.repeats;
+    for round in 0..rounds {
+        let warmup = round < scenario.warmup;
+        let of = format!("round {} of {rounds}", round + 1);
+        session.phase("prefill");
+        let prefill = session.call(format!("prefill, {of}"), Prefill { tokens: prompt.clone() })?;
+        let tokens = prompt.len();
+        session.samples.prefill.push(PrefillSample { warmup, tokens, seconds: prefill.seconds });
+        session.phase("decode");
+        let call = Decode { first: prefill.next, steps: scenario.generate_tokens };
+        let decode = session.call(format!("decode, {of}"), call)?;
+        if decode.seconds.len() != scenario.generate_tokens || decode.tokens.len() != scenario.generate_tokens {
+            let got = decode.tokens.len();
+            return Err(Failure::Wrong(format!("{got} tokens decoded, {} asked for", scenario.generate_tokens)));
+        }
+        session.samples.decode.push(DecodeSample { warmup, seconds: decode.seconds });
+    }
+    session.passed("kv_cache_generation", &format!("{} tokens decoded after the prompt", scenario.generate_tokens));
+    Ok(())
+}
+
+impl Session<'_> {
+    fn passed(&mut self, name: &str, evidence: &str) {
+        self.samples.probes.push(Probe { name: name.into(), passed: true, evidence: evidence.into() });
+    }
+}

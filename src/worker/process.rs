@@ -1,0 +1,197 @@
+//! A child process in a process group of its own, with its pipes.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Lines of standard error that go into the record.
+const STDERR_TAIL: usize = 20;
+/// A reply is one line; a longer one is garbage. The largest real reply is a few hundred kB of timings.
+const MAX_LINE: u64 = 64 << 20;
+
+/// How to start a worker.
+#[derive(Debug, Clone)]
+pub struct WorkerCommand {
+    pub program: PathBuf,
+    pub arguments: Vec<OsString>,
+    pub environment: Vec<(OsString, OsString)>,
+}
+
+impl WorkerCommand {
+    /// This program again, as the worker of a built-in engine.
+    pub fn built_in(engine: &str, threads: Option<usize>) -> std::io::Result<Self> {
+        let environment = threads.map(|n| ("RAYON_NUM_THREADS".into(), n.to_string().into()));
+        Ok(Self {
+            program: std::env::current_exe()?,
+            arguments: vec!["worker".into(), engine.into()],
+            environment: environment.into_iter().collect(),
+        })
+    }
+}
+
+/// A running worker. Dropping it ends its whole process group.
+pub struct Process {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Receiver<Line>,
+    stderr: Arc<Mutex<VecDeque<String>>>,
+    ended: Option<ExitStatus>,
+}
+
+/// What the reader of standard output saw.
+pub enum Line {
+    Text(String),
+    Garbage(String),
+}
+
+impl Process {
+    /// Starts the worker; its standard error is also written to `log`.
+    pub fn start(command: &WorkerCommand, log: Option<&Path>) -> std::io::Result<Self> {
+        let log = log.map(File::create).transpose()?;
+        let mut spawn = Command::new(&command.program);
+        spawn
+            .args(&command.arguments)
+            .envs(command.environment.iter().map(|(k, v)| (k, v)))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        #[cfg(unix)]
+        std::os::unix::process::CommandExt::process_group(&mut spawn, 0);
+        let mut child = spawn.spawn()?;
+        live().insert(child.id());
+        let (Some(stdin), Some(stdout), Some(stderr)) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take())
+        else {
+            unreachable!("all three pipes were asked for")
+        };
+        let (sender, lines) = channel();
+        std::thread::spawn(move || read_lines(stdout, &sender));
+        let tail = Arc::new(Mutex::new(VecDeque::new()));
+        let shared = Arc::clone(&tail);
+        std::thread::spawn(move || copy_stderr(stderr, log, &shared));
+        Ok(Self { child, stdin, lines, stderr: tail, ended: None })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Writes one line.
+    pub fn send(&mut self, line: &str) -> std::io::Result<()> {
+        self.stdin.write_all(line.as_bytes())?;
+        self.stdin.write_all(b"\n")?;
+        self.stdin.flush()
+    }
+
+    pub fn lines(&self) -> &Receiver<Line> {
+        &self.lines
+    }
+
+    /// Waits for the end of the process; `None` if it has not ended in time.
+    pub fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                self.ended = Some(status);
+                return self.ended;
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The last lines of standard error.
+    pub fn stderr_tail(&self) -> Vec<String> {
+        lock(&self.stderr).iter().cloned().collect()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Even if the worker itself has ended, a child of it may live on in its group.
+        kill_group(self.pid());
+        // The kill cannot be refused; waiting only clears the entry in the process table.
+        let _ = self.child.wait();
+        live().remove(&self.pid());
+    }
+}
+
+fn read_lines(stdout: impl Read, sender: &Sender<Line>) {
+    let mut reader = BufReader::new(stdout);
+    loop {
+        let mut bytes = Vec::new();
+        let line = match reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut bytes) {
+            Ok(0) => return,
+            Ok(_) if bytes.last() != Some(&b'\n') && bytes.len() as u64 == MAX_LINE => {
+                Line::Garbage(format!("a line of more than {MAX_LINE} bytes"))
+            }
+            Ok(_) => match String::from_utf8(bytes) {
+                Ok(text) => Line::Text(text),
+                Err(error) => Line::Garbage(format!("bytes that are not UTF-8: {error}")),
+            },
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(_) => return,
+        };
+        if sender.send(line).is_err() {
+            return;
+        }
+    }
+}
+
+fn copy_stderr(stderr: impl Read, mut log: Option<File>, tail: &Mutex<VecDeque<String>>) {
+    let mut reader = BufReader::new(stderr);
+    let mut bytes = Vec::new();
+    while matches!(reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut bytes), Ok(n) if n > 0) {
+        if let Some(file) = &mut log {
+            // A full disk must not stop the worker; the tail still reaches the record if that can be written.
+            let _ = file.write_all(&bytes);
+        }
+        let mut tail = lock(tail);
+        if tail.len() == STDERR_TAIL {
+            tail.pop_front();
+        }
+        tail.push_back(String::from_utf8_lossy(&bytes).trim_end().to_owned());
+        bytes.clear();
+    }
+}
+
+/// Process groups that are running now, for a second Ctrl-C.
+static LIVE: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
+fn live() -> MutexGuard<'static, BTreeSet<u32>> {
+    lock(&LIVE)
+}
+
+/// Ends every worker at once.
+pub fn kill_all() {
+    for &pid in live().iter() {
+        kill_group(pid);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(unix)]
+fn kill_group(pid: u32) {
+    use rustix::process::{kill_process_group, Pid, Signal};
+    if let Some(group) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        // Fails only where the group has ended already.
+        let _ = kill_process_group(group, Signal::KILL);
+    }
+}
+
+#[cfg(not(unix))]
+fn kill_group(pid: u32) {
+    // Ends the process and its descendants; fails only where they have ended already.
+    let _ = Command::new("taskkill").args(["/T", "/F", "/PID", &pid.to_string()]).output();
+}
