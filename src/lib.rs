@@ -5,12 +5,15 @@
 pub mod cli;
 pub mod cmd;
 pub mod data;
+pub mod decide;
 pub mod engines;
 pub mod interrupt;
 pub mod measure;
+pub mod model;
 pub mod plan;
 pub mod probe;
 pub mod record;
+pub mod render;
 pub mod run;
 pub mod scenario;
 pub mod stats;

@@ -4,6 +4,7 @@ pub mod cell;
 pub mod inputs;
 pub mod progress;
 mod scenarios;
+pub mod settings;
 
 use crate::interrupt;
 use crate::measure::host::Environment;

@@ -1,0 +1,273 @@
+//! `evalfw run`: the main job. Everything that can be wrong with the input is found before the first
+//! model is loaded.
+
+use crate::data::dataset::Dataset;
+use crate::engines::{self, ENGINES};
+use crate::interrupt;
+use crate::measure::host::Environment;
+use crate::model::source::{ResolvedModel, Source};
+use crate::plan::{interleaved, Cell};
+use crate::probe::{probe, Availability, Reason};
+use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};
+use crate::render;
+use crate::run::cell::WorkerExecutor;
+use crate::run::inputs::ModelInputs;
+use crate::run::progress::Progress;
+use crate::run::settings::Settings;
+use crate::run::{execute, RunContext};
+use crate::scenario::{Library, Scenario};
+use anyhow::{bail, Context, Result};
+use clap::Args;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const AFTER_HELP: &str = "\
+Examples:
+  evalfw run --all
+  evalfw run --suite quick --model tiny
+  evalfw run --engine candle-cpu,burn-flex --scenario train --model Qwen/Qwen2.5-Coder-0.5B-Instruct
+  evalfw run --resume results/20261123-101500-default
+
+Exit codes: 0 all cells ok, 1 a cell failed, 2 bad input, 130 interrupted.";
+
+/// Run scenarios on engines, record every sample, write the report
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct RunArgs {
+    /// Every engine that can run here (the default)
+    #[arg(long, conflicts_with = "engine")]
+    all: bool,
+    /// Only these engines
+    #[arg(long, value_delimiter = ',', value_name = "E,…")]
+    engine: Vec<String>,
+    /// Only the suite's cells of these scenarios
+    #[arg(long, value_delimiter = ',', value_name = "S,…")]
+    scenario: Vec<String>,
+    /// quick, default, full, or a file of your own under scenarios/suites
+    #[arg(long, default_value = "default")]
+    suite: String,
+    /// A Hugging Face folder, a hub id, or a size to make with random weights (tiny, 0.5b, … 32b)
+    #[arg(long, value_name = "DIR|ORG/NAME|SIZE")]
+    model: Option<String>,
+    /// Folder for runs and the report
+    #[arg(long, default_value = "results", value_name = "DIR")]
+    out: PathBuf,
+    /// Continue an interrupted run: cells that are ok are kept
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["all", "engine", "scenario", "suite", "model", "out", "data", "threads", "scenarios"])]
+    resume: Option<PathBuf>,
+    /// Folder with train.jsonl and valid.jsonl, in the chat `messages` form
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Threads of CPU engines [default: one per logical core]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Folder of scenario files [default: ./scenarios if it is there, else the built-in ones]
+    #[arg(long, value_name = "DIR")]
+    scenarios: Option<PathBuf>,
+    /// Print the run's record as JSON on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &RunArgs) -> Result<ExitCode> {
+    interrupt::install()?;
+    let (settings, resumed) = match &args.resume {
+        Some(folder) => (Settings::read(folder)?, Some(folder.as_path())),
+        None => (settings(args)?, None),
+    };
+    let data = match &settings.data {
+        Some(folder) => Dataset::read(folder)?,
+        None => Dataset::built_in()?,
+    };
+    let root = match resumed {
+        Some(folder) => folder.parent().unwrap_or(Path::new("")).to_owned(),
+        None => args.out.clone(),
+    };
+    std::fs::create_dir_all(&root).with_context(|| format!("{}: cannot be written", root.display()))?;
+    let done = resumed.map_or(Ok(BTreeSet::new()), finished_cells)?;
+
+    let progress = Progress::new();
+    let prepared = prepare(&settings, &data, &progress)?;
+    if interrupt::requested() {
+        return Ok(ExitCode::from(interrupt::EXIT_CODE));
+    }
+    let folder = match resumed {
+        Some(folder) => folder.to_owned(),
+        None => new_run_folder(&root, &settings)?,
+    };
+    let mut log = RunLog::open(&folder)?;
+    let Prepared { context, cells, unavailable, inputs } = prepared;
+    for (cell, reason) in &unavailable {
+        log.append(&context.unavailable(cell, reason))?;
+    }
+    let mut executor = WorkerExecutor { models: inputs, logs: folder.join("logs"), threads: settings.threads };
+    execute(&context, &cells, &done, &mut executor, &mut log, &progress)?;
+    conclude(args, &settings, &root, &folder)
+}
+
+fn settings(args: &RunArgs) -> Result<Settings> {
+    let here = Path::new("scenarios");
+    let library = match &args.scenarios {
+        Some(folder) => Library::folder(folder)?,
+        None if here.join("suites").is_dir() => Library::folder(here)?,
+        None => Library::built_in(),
+    };
+    let only = (!args.scenario.is_empty()).then_some(args.scenario.as_slice());
+    let suite = library.suite(&args.suite, only)?;
+    for name in &args.engine {
+        engines::find(name)?;
+    }
+    if args.threads == Some(0) {
+        bail!("--threads 0: at least one thread is needed");
+    }
+    let named = !args.engine.is_empty();
+    let mut engines: Vec<String> = match named {
+        true => args.engine.clone(),
+        false => ENGINES.iter().map(|e| e.name.to_owned()).collect(),
+    };
+    let mut seen = BTreeSet::new();
+    engines.retain(|e| seen.insert(e.clone()));
+    Ok(Settings {
+        suite,
+        engines,
+        engines_named: named,
+        model: args.model.clone(),
+        data: args.data.clone().map(std::path::absolute).transpose()?,
+        threads: args.threads,
+    })
+}
+
+/// Cells that a resumed run keeps.
+fn finished_cells(folder: &Path) -> Result<BTreeSet<String>> {
+    if !folder.join(record::CELLS_FILE).exists() {
+        return Ok(BTreeSet::new());
+    }
+    let records = match record::read(folder) {
+        Ok(records) => records,
+        // The run was interrupted before its first cell ended.
+        Err(_) if std::fs::metadata(folder.join(record::CELLS_FILE)).is_ok_and(|m| m.len() == 0) => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    Ok(records.into_iter().filter(|r| r.outcome == Outcome::Ok).map(|r| r.cell).collect())
+}
+
+struct Prepared {
+    context: RunContext,
+    cells: Vec<Cell>,
+    unavailable: Vec<(Cell, Reason)>,
+    /// In the order of `context.models`.
+    inputs: Vec<ModelInputs>,
+}
+
+/// Probes the engines, finds or makes the models, checks all input, and plans the cells.
+fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<Prepared> {
+    let suite = &settings.suite;
+    let mut specs: Vec<String> = Vec::new();
+    let mut model_index = |spec: &str| match specs.iter().position(|s| s == spec) {
+        Some(index) => index,
+        None => {
+            specs.push(spec.to_owned());
+            specs.len() - 1
+        }
+    };
+    let model = settings.model.as_deref().unwrap_or(&suite.model);
+    let mut available = Vec::new();
+    let mut missing = Vec::new();
+    for engine in &settings.engines {
+        match probe(engine, settings.threads) {
+            Availability::Available(info) => {
+                // Someone who names both a software adapter and a model means it.
+                let asked = settings.engines_named && settings.model.is_some();
+                let spec = if info.device.software && !asked { &suite.software_adapter_model } else { model };
+                available.push((engine.clone(), model_index(spec)));
+            }
+            Availability::Unavailable(reason) => {
+                progress.say(&format!("{engine} cannot run here: {}{}", reason.reason, advice(&reason)));
+                missing.push((engine.clone(), reason));
+            }
+        }
+    }
+    if available.is_empty() {
+        bail!("none of the engines can run here; `evalfw engines` says what is missing");
+    }
+    let missing_model = if missing.is_empty() { 0 } else { model_index(model) };
+
+    let scenarios: Vec<&Scenario> = suite.cells.iter().map(|c| &c.scenario).collect();
+    let source = Source::from_env()?;
+    let mut models = Vec::new();
+    let mut inputs = Vec::new();
+    for spec in &specs {
+        let resolved = source.resolve(spec, &mut |line| progress.say(line))?;
+        let prepared = ModelInputs::prepare(&resolved.name, &resolved.dir, data, &scenarios, suite.seed)?;
+        models.push(model_record(&resolved, &prepared));
+        inputs.push(prepared);
+    }
+    let mut unavailable = Vec::new();
+    for (engine, reason) in missing {
+        let cells = interleaved(suite, &[(engine, missing_model)]);
+        let once = cells.into_iter().filter(|c| c.repetition == 0);
+        unavailable.extend(once.map(|cell| (cell, reason.clone())));
+    }
+    let context = RunContext { models, environment: Environment::detect() };
+    Ok(Prepared { context, cells: interleaved(suite, &available), unavailable, inputs })
+}
+
+fn advice(reason: &Reason) -> String {
+    reason.advice.as_ref().map_or_else(String::new, |advice| format!(" ({advice})"))
+}
+
+fn model_record(resolved: &ResolvedModel, inputs: &ModelInputs) -> ModelRecord {
+    ModelRecord {
+        name: resolved.name.clone(),
+        parameters: inputs.config.parameters(),
+        checkpoint_bytes: inputs.checkpoint_bytes,
+        synthetic: resolved.synthetic,
+        origin: resolved.origin.to_string(),
+    }
+}
+
+fn new_run_folder(root: &Path, settings: &Settings) -> Result<PathBuf> {
+    let stamp = jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S");
+    let mut folder = root.join(format!("{stamp}-{}", settings.suite.name));
+    let mut number = 1;
+    // Two runs may start within one second.
+    while let Err(error) = std::fs::create_dir(&folder) {
+        if error.kind() != std::io::ErrorKind::AlreadyExists {
+            return Err(error).with_context(|| format!("{}: cannot be written", folder.display()));
+        }
+        number += 1;
+        folder = root.join(format!("{stamp}-{}-{number}", settings.suite.name));
+    }
+    let logs = folder.join("logs");
+    std::fs::create_dir(&logs).with_context(|| format!("{}: cannot be written", logs.display()))?;
+    settings.write(&folder)?;
+    Ok(folder)
+}
+
+/// Renders the reports, prints the summary and decides the exit code.
+fn conclude(args: &RunArgs, settings: &Settings, root: &Path, folder: &Path) -> Result<ExitCode> {
+    if interrupt::requested() {
+        eprintln!("interrupted; continue with: evalfw run --resume {}", folder.display());
+        return Ok(ExitCode::from(interrupt::EXIT_CODE));
+    }
+    let records = record::read(folder)?;
+    let report = render::write_reports(root, folder)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&records)?);
+    } else {
+        println!("{}", render::terminal::summary(&records));
+        println!("report: {}", report.display());
+    }
+    let failed = |r: &&CellRecord| match r.outcome {
+        Outcome::Ok => false,
+        Outcome::Unavailable => settings.engines_named,
+        _ => true,
+    };
+    let failures: Vec<_> = records.iter().filter(failed).collect();
+    for record in &failures {
+        let message = record.error.as_ref().map_or("", |e| e.message.as_str());
+        eprintln!("{}: {}: {message}", record.cell, record.outcome.as_str());
+    }
+    Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
