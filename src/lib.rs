@@ -5,7 +5,6 @@
 pub mod cli;
 pub mod cmd;
 pub mod data;
-pub mod decide;
 pub mod engines;
 pub mod interrupt;
 pub mod measure;

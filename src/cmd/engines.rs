@@ -51,7 +51,7 @@ pub fn run(args: &EnginesArgs) -> Result<ExitCode> {
 fn table(rows: &[Row]) -> Table {
     let mut table = Table::new();
     table
-        .load_preset(UTF8_FULL_CONDENSED)
+        .load_style(UTF8_FULL_CONDENSED)
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_header(["engine", "runs here", "version", "device"]);
     for row in rows {

@@ -5,7 +5,7 @@ use crate::data::dataset::Dataset;
 use crate::engines::{self, ENGINES};
 use crate::interrupt;
 use crate::measure::host::Environment;
-use crate::model::source::{ResolvedModel, Source};
+use crate::model::source::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
 use crate::plan::{interleaved, Cell};
 use crate::probe::{probe, Availability, Reason};
 use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};
@@ -194,11 +194,12 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<P
     let missing_model = if missing.is_empty() { 0 } else { model_index(model) };
 
     let scenarios: Vec<&Scenario> = suite.cells.iter().map(|c| &c.scenario).collect();
-    let source = Source::from_env()?;
+    let mut notify = |line: &str| progress.say(line);
+    let mut context = ModelContext::from_env(&mut notify)?;
     let mut models = Vec::new();
     let mut inputs = Vec::new();
     for spec in &specs {
-        let resolved = source.resolve(spec, &mut |line| progress.say(line))?;
+        let resolved = ModelSource::resolve(spec, &mut context)?;
         let prepared = ModelInputs::prepare(&resolved.name, &resolved.dir, data, &scenarios, suite.seed)?;
         models.push(model_record(&resolved, &prepared));
         inputs.push(prepared);
@@ -223,7 +224,17 @@ fn model_record(resolved: &ResolvedModel, inputs: &ModelInputs) -> ModelRecord {
         parameters: inputs.config.parameters(),
         checkpoint_bytes: inputs.checkpoint_bytes,
         synthetic: resolved.synthetic,
-        origin: resolved.origin.to_string(),
+        origin: origin(resolved),
+    }
+}
+
+fn origin(model: &ResolvedModel) -> String {
+    match &model.origin {
+        Origin::Folder => "local folder".to_owned(),
+        Origin::Preset { seed } => format!("evalfw synth, seed {seed}"),
+        Origin::Hub { endpoint } => {
+            format!("{endpoint}, commit {}", model.revision.as_deref().unwrap_or("unknown"))
+        }
     }
 }
 
