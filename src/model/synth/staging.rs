@@ -14,6 +14,7 @@ const LOCK_FILE: &str = "writer.lock";
 pub struct Staging {
     target: PathBuf,
     dir: PathBuf,
+    committed: bool,
     /// The lock lasts as long as the file is open.
     _lock: File,
 }
@@ -32,7 +33,7 @@ impl Staging {
                 break lock;
             }
         };
-        let staging = Self { target, dir, _lock: lock };
+        let staging = Self { target, dir, committed: false, _lock: lock };
         staging.clear()?;
         Ok(staging)
     }
@@ -42,8 +43,9 @@ impl Staging {
     }
 
     /// Gives the folder its final name. The target must not exist or be empty.
-    pub fn commit(self) -> Result<()> {
+    pub fn commit(mut self) -> Result<()> {
         fs::rename(&self.dir, &self.target).map_err(Error::io(&self.target))?;
+        self.committed = true;
         let lock = self.target.join(LOCK_FILE);
         fs::remove_file(&lock).map_err(Error::io(&lock))
     }
@@ -64,8 +66,10 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // After a commit there is nothing left here; after an error there is no use for the rest.
-        let _ = fs::remove_dir_all(&self.dir);
+        if !self.committed {
+            // An error is on its way already, and what stays here is cleared by the next attempt.
+            let _ = fs::remove_dir_all(&self.dir);
+        }
     }
 }
 
