@@ -5,7 +5,7 @@ use crate::data::dataset::Dataset;
 use crate::engines::{self, ENGINES};
 use crate::interrupt;
 use crate::measure::host::Environment;
-use crate::model::source::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
+use crate::model::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
 use crate::plan::{interleaved, Cell};
 use crate::probe::{probe, Availability, Reason};
 use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};

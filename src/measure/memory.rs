@@ -317,7 +317,8 @@ mod tests {
     fn a_spike_shorter_than_the_interval_is_in_its_phase_and_in_no_other() {
         let probe = MemoryProbe::start(std::process::id());
         probe.begin_phase("spike");
-        drop(vec![1u8; 200 << 20]);
+        // Without the black box the compiler leaves the allocation out.
+        drop(std::hint::black_box(vec![1u8; 200 << 20]));
         probe.begin_phase("after");
         std::thread::sleep(Duration::from_millis(60));
         let (phases, timeline) = probe.finish();
