@@ -264,3 +264,38 @@ impl CustomOp3 for LoraOp {
         Ok((tensor(of_x, x)?, tensor(of_a, a)?, tensor(of_b, b)?))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix::{DeviceMatrix, HostMatrix, Nf4Tables};
+    use crate::ops::testing::{assert_alike, var};
+    use evalfw_engine::nf4::Nf4Tensor;
+    use evalfw_engine::weights::Weight;
+
+    /// The fused operation on the host's matrix, against the composition for GPUs on a tensor matrix.
+    #[test]
+    fn the_fused_form_is_the_composed_one() {
+        let (rows, in_features, out_features, r) = (9, 40, 70, 4);
+        let values: Vec<f32> = (0..out_features * in_features).map(|i| (i as f32 * 0.9).sin()).collect();
+        let weight = Weight::Nf4(Nf4Tensor::quantize([out_features, in_features], &values));
+        let tables = Nf4Tables::new(&Device::Cpu).unwrap();
+        let bias = Some(var(&[out_features], 5).as_detached_tensor());
+        let device = DeviceMatrix::new(weight.clone(), &Device::Cpu, &tables).unwrap();
+        let key = MaskKey { seed: 1, step: 2, micro_batch: 3, layer: 4, target: Target::Up };
+        let (x, a, b) = (var(&[rows, in_features], 1), var(&[r, in_features], 2), var(&[out_features, r], 3));
+        for rate in [None, Some(0.3)] {
+            let op = |matrix, bias: &Option<Tensor>| LoraOp {
+                frozen: Arc::new(Frozen { matrix, bias: bias.clone() }),
+                scale: 2.0,
+                mask: rate.map(|rate| Mask { key, rate }),
+            };
+            let fused = || {
+                let host = HostMatrix::new(weight.clone());
+                x.apply_op3(&a, &b, op(FrozenMatrix::Host(host), &bias))
+            };
+            let composed = || op(FrozenMatrix::Device(device.clone()), &bias).composed(x.as_tensor(), &a, &b);
+            assert_alike(&[&x, &a, &b], fused, composed);
+        }
+    }
+}

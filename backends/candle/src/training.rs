@@ -144,8 +144,8 @@ impl MicroBatch<'_> {
         }
         let rows = Tensor::new(rows, last_hidden.device())?;
         let hidden = self.network.norm(&last_hidden.index_select(&rows, 0)?)?;
-        let (loss, of_hidden) =
-            loss_and_gradient(&self.network.head, &hidden.detach(), &tokens, self.weight)?;
+        let cross_entropy = CrossEntropy::new(&self.network.head);
+        let (loss, of_hidden) = cross_entropy.sum_and_gradient(&hidden.detach(), &tokens, self.weight)?;
         Ok(Some((loss, (hidden * of_hidden)?.sum_all()?)))
     }
 }

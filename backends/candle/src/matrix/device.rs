@@ -9,11 +9,13 @@ use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
 /// eight times as many.
 const TILE: usize = 1 << 26;
 
+#[derive(Clone)]
 pub struct DeviceMatrix {
     shape: [usize; 2],
     elements: Elements,
 }
 
+#[derive(Clone)]
 enum Elements {
     /// In the checkpoint's type.
     Dense(Tensor),
@@ -22,6 +24,7 @@ enum Elements {
 
 /// An NF4 matrix as tensors, in the 4.127 bits a weight of its host form. Both kinds of codes are
 /// padded to whole blocks.
+#[derive(Clone)]
 struct Nf4 {
     tables: Nf4Tables,
     /// u8, two values each.

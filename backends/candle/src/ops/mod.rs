@@ -17,7 +17,7 @@ pub use rope::{RopeTables, rope};
 pub use swiglu::swiglu;
 
 #[cfg(test)]
-mod testing {
+pub mod testing {
     use candle_core::{Device, Result, Tensor, Var};
 
     /// A variable with reproducible values around 0.
