@@ -19,11 +19,18 @@ impl MaskKey {
     /// Writes the mask for the flattened input: 0 where the value is dropped, `1 / (1 - rate)` where
     /// it is kept.
     pub fn fill(&self, rate: f32, mask: &mut [f32]) {
+        self.fill_from(rate, 0, mask);
+    }
+
+    /// Writes the part of the mask that begins at element `start`, so that threads can share the work.
+    pub fn fill_from(&self, rate: f32, start: usize, mask: &mut [f32]) {
         let (low, high) = self.words();
         let kept = 1.0 / (1.0 - rate);
         let threshold = (f64::from(rate) * 2f64.powi(32)) as u32;
+        let start = start as u32;
         for (index, value) in mask.iter_mut().enumerate() {
-            let hash = mix32(mix32((index as u32).wrapping_mul(0x9E37_79B9) ^ low) ^ high);
+            let element = start.wrapping_add(index as u32);
+            let hash = mix32(mix32(element.wrapping_mul(0x9E37_79B9) ^ low) ^ high);
             *value = if hash < threshold { 0.0 } else { kept };
         }
     }
@@ -92,6 +99,14 @@ mod tests {
         }
         let joint = both(&a[1..], &a[..n - 1]);
         assert!((joint - 0.01).abs() < 0.0006, "neighbours: {joint}");
+    }
+
+    #[test]
+    fn a_part_is_a_window_of_the_whole() {
+        let whole = KEY.mask(0.3, 1000);
+        let mut part = vec![9.0; 300];
+        KEY.fill_from(0.3, 450, &mut part);
+        assert_eq!(part, whole[450..750]);
     }
 
     #[test]

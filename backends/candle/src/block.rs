@@ -1,0 +1,73 @@
+//! One transformer block of Qwen2.
+
+use crate::linear::Linear;
+use crate::network::Pass;
+use crate::ops::{attention, rms_norm, rope, swiglu};
+use candle_core::{Result, Tensor};
+use candle_nn::kv_cache::Cache;
+use evalfw_engine::lora::Target;
+
+/// Positions by which a cache grows.
+const CACHE_STEP: usize = 256;
+
+pub struct Block {
+    /// All seven, in the order of [`Target::ALL`].
+    pub projections: Vec<Linear>,
+    /// `[hidden_size]`
+    pub input_norm: Tensor,
+    pub post_attention_norm: Tensor,
+}
+
+/// Rotated keys and values of the past positions of one block, `[positions, kv_heads, dim]`.
+pub struct BlockCache {
+    keys: Cache,
+    values: Cache,
+}
+
+impl BlockCache {
+    pub fn new() -> Self {
+        Self { keys: Cache::new(0, CACHE_STEP), values: Cache::new(0, CACHE_STEP) }
+    }
+
+    /// Appends the new positions `[1, positions, kv_heads, dim]` and returns all.
+    fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
+        let append = |cache: &mut Cache, new: &Tensor| {
+            let new = new.squeeze(0)?.contiguous()?;
+            cache.append(&new)?;
+            cache.current_data()?.unwrap_or(new).unsqueeze(0)
+        };
+        Ok((append(&mut self.keys, keys)?, append(&mut self.values, values)?))
+    }
+}
+
+impl Block {
+    /// `x` and the result are `[examples * slots, hidden_size]`. With a cache there is one example, and
+    /// its slots come after the cached ones.
+    pub fn forward(&self, x: &Tensor, pass: &Pass<'_>, cache: Option<&mut BlockCache>) -> Result<Tensor> {
+        let config = pass.config;
+        let normed = rms_norm(x, &self.input_norm, config.rms_norm_eps)?;
+        let heads = |target, heads| {
+            let out = self.project(target, &normed, pass)?;
+            out.reshape((pass.examples, pass.slots, heads, config.head_dim))
+        };
+        let q = rope(&heads(Target::Q, config.num_attention_heads)?, &pass.rope)?;
+        let k = rope(&heads(Target::K, config.num_key_value_heads)?, &pass.rope)?;
+        let v = heads(Target::V, config.num_key_value_heads)?;
+        let (k, v) = match cache {
+            Some(cache) => cache.append(&k, &v)?,
+            None => (k, v),
+        };
+        let attended = attention(&q, &k, &v)?;
+        let attended = attended.reshape((pass.rows(), config.num_attention_heads * config.head_dim))?;
+        let x = (x + self.project(Target::O, &attended, pass)?)?;
+
+        let normed = rms_norm(&x, &self.post_attention_norm, config.rms_norm_eps)?;
+        let gate = self.project(Target::Gate, &normed, pass)?;
+        let up = self.project(Target::Up, &normed, pass)?;
+        x + self.project(Target::Down, &swiglu(&gate, &up)?, pass)?
+    }
+
+    fn project(&self, target: Target, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        self.projections[target as usize].forward(x, pass)
+    }
+}

@@ -1,0 +1,185 @@
+//! Devices: opening one, and what it says about itself.
+
+use crate::CandleDevice;
+use candle_core::Device;
+use evalfw_engine::protocol::{DeviceInfo, DeviceKind, DeviceMemory};
+use evalfw_engine::{Error, Result};
+use std::panic::catch_unwind;
+
+pub fn open(kind: CandleDevice) -> Result<Device> {
+    match kind {
+        CandleDevice::Cpu => Ok(Device::Cpu),
+        CandleDevice::Cuda => open_gpu(
+            cfg!(feature = "cuda"),
+            "cuda",
+            || Device::new_cuda(0),
+            "an NVIDIA GPU and its driver, of a CUDA version not older than that of the build, are needed",
+        ),
+        CandleDevice::Metal => open_gpu(
+            cfg!(feature = "metal"),
+            "metal",
+            || Device::new_metal(0),
+            "a Mac with a GPU that supports Metal is needed",
+        ),
+    }
+}
+
+fn open_gpu(
+    compiled_in: bool,
+    feature: &str,
+    open: fn() -> candle_core::Result<Device>,
+    needed: &str,
+) -> Result<Device> {
+    if !compiled_in {
+        return Err(Error::Unavailable {
+            reason: format!("candle was built without {feature}"),
+            advice: format!("build with the cargo feature `{feature}`"),
+        });
+    }
+    // Without a device, candle may panic instead of returning an error: it takes the first of an empty
+    // list of Metal devices, and a driver library that is missing surfaces as a panic too.
+    let reason = match catch_unwind(open) {
+        Ok(Ok(device)) => return Ok(device),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("candle found no {feature} device"),
+    };
+    Err(Error::Unavailable { reason, advice: needed.to_owned() })
+}
+
+/// Compile-time switches that change speed.
+pub fn features() -> Vec<String> {
+    let all = [
+        // Always asked of the gemm crate; it checks at run time whether the CPU has AVX-512.
+        ("x86-v4", cfg!(target_arch = "x86_64")),
+        ("cuda", cfg!(feature = "cuda")),
+        ("metal", cfg!(feature = "metal")),
+    ];
+    all.iter().filter(|(_, on)| *on).map(|(name, _)| (*name).to_owned()).collect()
+}
+
+pub fn info(device: &Device) -> DeviceInfo {
+    match device {
+        Device::Cpu => DeviceInfo {
+            kind: DeviceKind::Cpu,
+            name: cpu_name(),
+            driver: None,
+            software: false,
+            memory_bytes: None,
+        },
+        Device::Cuda(device) => DeviceInfo {
+            kind: DeviceKind::DiscreteGpu,
+            name: gpu::cuda_name(device).unwrap_or_else(|| "CUDA device".to_owned()),
+            driver: Some("CUDA".to_owned()),
+            software: false,
+            memory_bytes: gpu::cuda_memory(device).map(|memory| memory.total),
+        },
+        Device::Metal(device) => DeviceInfo {
+            kind: DeviceKind::UnifiedGpu,
+            name: gpu::metal_name(device).unwrap_or_else(|| "Metal device".to_owned()),
+            driver: Some("Metal".to_owned()),
+            software: false,
+            memory_bytes: None,
+        },
+    }
+}
+
+/// The allocator's figures; the CPU has no allocator of its own. CUDA tells only what is free on the
+/// whole device, so that other processes are counted too.
+pub fn memory(device: &Device) -> DeviceMemory {
+    match device {
+        Device::Cpu => DeviceMemory::default(),
+        Device::Cuda(device) => {
+            let used = gpu::cuda_memory(device).map(|memory| memory.total.saturating_sub(memory.free));
+            DeviceMemory { in_use_bytes: None, reserved_bytes: used }
+        }
+        Device::Metal(device) => {
+            DeviceMemory { in_use_bytes: None, reserved_bytes: gpu::metal_allocated(device) }
+        }
+    }
+}
+
+fn cpu_name() -> String {
+    let found = if cfg!(target_os = "linux") {
+        std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| model_name(&text))
+    } else if cfg!(target_os = "macos") {
+        let output = std::process::Command::new("sysctl").args(["-n", "machdep.cpu.brand_string"]).output();
+        output.ok().and_then(|output| String::from_utf8(output.stdout).ok())
+    } else {
+        std::env::var("PROCESSOR_IDENTIFIER").ok()
+    };
+    match found.map(|name| name.trim().to_owned()) {
+        Some(name) if !name.is_empty() => name,
+        _ => std::env::consts::ARCH.to_owned(),
+    }
+}
+
+/// The value of the first `model name` line.
+fn model_name(cpuinfo: &str) -> Option<String> {
+    let line = cpuinfo.lines().find(|line| line.starts_with("model name"))?;
+    line.split_once(':').map(|(_, name)| name.to_owned())
+}
+
+/// What only the real device types can tell; without their feature candle puts empty ones in their
+/// place.
+mod gpu {
+    use candle_core::{CudaDevice, MetalDevice};
+
+    /// In bytes.
+    pub struct Memory {
+        pub free: u64,
+        pub total: u64,
+    }
+
+    #[cfg(feature = "cuda")]
+    pub fn cuda_name(device: &CudaDevice) -> Option<String> {
+        device.cuda_stream().context().name().ok()
+    }
+
+    #[cfg(feature = "cuda")]
+    pub fn cuda_memory(device: &CudaDevice) -> Option<Memory> {
+        let (free, total) = device.cuda_stream().context().mem_get_info().ok()?;
+        Some(Memory { free: free as u64, total: total as u64 })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    pub fn cuda_name(_: &CudaDevice) -> Option<String> {
+        None
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    pub fn cuda_memory(_: &CudaDevice) -> Option<Memory> {
+        None
+    }
+
+    #[cfg(feature = "metal")]
+    pub fn metal_name(device: &MetalDevice) -> Option<String> {
+        Some(device.metal_device().architecture_name())
+    }
+
+    #[cfg(feature = "metal")]
+    pub fn metal_allocated(device: &MetalDevice) -> Option<u64> {
+        Some(device.metal_device().current_allocated_size() as u64)
+    }
+
+    #[cfg(not(feature = "metal"))]
+    pub fn metal_name(_: &MetalDevice) -> Option<String> {
+        None
+    }
+
+    #[cfg(not(feature = "metal"))]
+    pub fn metal_allocated(_: &MetalDevice) -> Option<u64> {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_the_cpu_is_cut_out_of_cpuinfo() {
+        let text = "processor\t: 0\nmodel\t\t: 17\nmodel name\t: Some CPU @ 3 GHz\nmodel name\t: other\n";
+        assert_eq!(model_name(text).unwrap().trim(), "Some CPU @ 3 GHz");
+        assert_eq!(model_name("Hardware: none"), None);
+    }
+}

@@ -1,0 +1,102 @@
+//! Rotary positions in the half-split form: element i is rotated with element i + dim / 2.
+
+use crate::values::{CpuValues, stored};
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+/// Cosines and sines of some positions, each f32 `[positions, dim / 2]`.
+#[derive(Clone)]
+pub struct RopeTables {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl RopeTables {
+    /// The tables for the positions from `start`.
+    pub fn new(theta: f64, dim: usize, start: usize, positions: usize, device: &Device) -> Result<Self> {
+        let (cos, sin) = evalfw_engine::rope::tables(theta, dim, start, positions);
+        let shape = (positions, dim / 2);
+        Ok(Self { cos: Tensor::from_vec(cos, shape, device)?, sin: Tensor::from_vec(sin, shape, device)? })
+    }
+}
+
+/// Rotates `x` `[examples, positions, heads, dim]`.
+pub fn rope(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
+    match x.device() {
+        Device::Cpu => x.contiguous()?.apply_op1(Rope { tables: tables.clone() }),
+        Device::Cuda(_) | Device::Metal(_) => composed(x, tables),
+    }
+}
+
+fn composed(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
+    let (positions, half) = tables.cos.dims2()?;
+    let cos = tables.cos.reshape((1, positions, 1, half))?;
+    let sin = tables.sin.reshape((1, positions, 1, half))?;
+    let (first, second) = (x.narrow(3, 0, half)?, x.narrow(3, half, half)?);
+    let rotated_first = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
+    let rotated_second = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
+    Tensor::cat(&[rotated_first, rotated_second], 3)
+}
+
+struct Rope {
+    tables: RopeTables,
+}
+
+impl Rope {
+    /// Rotates by the angle, or for a `direction` of -1 back by it.
+    fn rotate(&self, x: &[f32], shape: &Shape, direction: f32) -> Result<Vec<f32>> {
+        let (_, positions, heads, dim) = shape.dims4()?;
+        let half = dim / 2;
+        if self.tables.cos.dims() != [positions, half] {
+            bail!("rope tables {:?} for {shape:?}", self.tables.cos.shape());
+        }
+        let (cos, sin) = (CpuValues::new(&self.tables.cos)?, CpuValues::new(&self.tables.sin)?);
+        let (cos, sin) = (cos.slice()?, sin.slice()?);
+        let mut out = vec![0.0; x.len()];
+        let width = heads * dim;
+        out.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(row, (out, x))| {
+            let start = row % positions * half;
+            let (cos, sin) = (&cos[start..start + half], &sin[start..start + half]);
+            for (out, x) in out.chunks_mut(dim).zip(x.chunks(dim)) {
+                let (out_first, out_second) = out.split_at_mut(half);
+                let (first, second) = x.split_at(half);
+                for i in 0..half {
+                    let sin = direction * sin[i];
+                    out_first[i] = first[i] * cos[i] - second[i] * sin;
+                    out_second[i] = second[i] * cos[i] + first[i] * sin;
+                }
+            }
+        });
+        Ok(out)
+    }
+}
+
+impl CustomOp1 for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = self.rotate(stored(storage, layout)?, layout.shape(), 1.0)?;
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        let out = self.rotate(CpuValues::new(&grad)?.slice()?, grad.shape(), -1.0)?;
+        Tensor::from_vec(out, grad.shape(), &Device::Cpu).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_alike, var};
+
+    #[test]
+    fn the_fused_form_is_the_composed_one() {
+        let x = var(&[2, 5, 3, 8], 1);
+        let tables = RopeTables::new(100.0, 8, 7, 5, &Device::Cpu).unwrap();
+        assert_alike(&[&x], || rope(&x, &tables), || composed(&x, &tables));
+    }
+}

@@ -1,0 +1,86 @@
+//! The gated activation of the MLP (Shazeer 2020).
+
+use crate::kernels::PIECE;
+use crate::values::{CpuValues, stored};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+/// `silu(gate) · up`
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    match gate.device() {
+        Device::Cpu => gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu),
+        Device::Cuda(_) | Device::Metal(_) => composed(gate, up),
+    }
+}
+
+fn composed(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gate.silu()? * up
+}
+
+struct SwiGlu;
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+impl CustomOp2 for SwiGlu {
+    fn name(&self) -> &'static str {
+        "swiglu"
+    }
+
+    fn cpu_fwd(
+        &self,
+        gate: &CpuStorage,
+        gate_layout: &Layout,
+        up: &CpuStorage,
+        up_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (gate, up) = (stored(gate, gate_layout)?, stored(up, up_layout)?);
+        let mut out = vec![0.0; gate.len()];
+        out.par_chunks_mut(PIECE).zip(gate.par_chunks(PIECE)).zip(up.par_chunks(PIECE)).for_each(
+            |((out, gate), up)| {
+                for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
+                    *out = gate * sigmoid(gate) * up;
+                }
+            },
+        );
+        Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let shape = gate.shape();
+        let grad = grad.contiguous()?;
+        let (gate, up, grad) = (CpuValues::new(gate)?, CpuValues::new(up)?, CpuValues::new(&grad)?);
+        let (gate, up, grad) = (gate.slice()?, up.slice()?, grad.slice()?);
+        let (mut of_gate, mut of_up) = (vec![0.0; gate.len()], vec![0.0; gate.len()]);
+        let outputs = of_gate.par_chunks_mut(PIECE).zip(of_up.par_chunks_mut(PIECE));
+        let inputs = gate.par_chunks(PIECE).zip(up.par_chunks(PIECE)).zip(grad.par_chunks(PIECE));
+        outputs.zip(inputs).for_each(|((of_gate, of_up), ((gate, up), grad))| {
+            for i in 0..gate.len() {
+                let sigmoid = sigmoid(gate[i]);
+                of_gate[i] = grad[i] * up[i] * sigmoid * (1.0 + gate[i] * (1.0 - sigmoid));
+                of_up[i] = grad[i] * gate[i] * sigmoid;
+            }
+        });
+        let tensor = |values| Tensor::from_vec(values, shape, &Device::Cpu).map(Some);
+        Ok((tensor(of_gate)?, tensor(of_up)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_alike, var};
+
+    #[test]
+    fn the_fused_form_is_the_composed_one() {
+        let (gate, up) = (var(&[7, 19], 1), var(&[7, 19], 2));
+        assert_alike(&[&gate, &up], || swiglu(&gate, &up), || composed(&gate, &up));
+    }
+}

@@ -1,0 +1,220 @@
+//! The gradients of one optimizer step, and the step.
+
+use crate::linear::Lora;
+use crate::loss::CrossEntropy;
+use crate::network::{Dropout, Network, Pass};
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor, Var, bail};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use evalfw_engine::batch::Batch;
+use evalfw_engine::lora::{LoraConfig, Target};
+use evalfw_engine::protocol::TrainingConfig;
+use evalfw_engine::{StepInput, StepResult};
+use std::collections::BTreeMap;
+
+/// What training needs beside the network.
+pub struct Trainer {
+    lora: LoraConfig,
+    config: TrainingConfig,
+    optimizer: AdamW,
+}
+
+/// The gradients of the adapter, summed over micro-batches.
+pub struct Gradients(BTreeMap<(usize, Target), LoraGradient>);
+
+/// The gradients of both factors of one projection.
+pub struct LoraGradient {
+    pub a: Tensor,
+    pub b: Tensor,
+}
+
+impl Trainer {
+    /// Prepares AdamW for the adapter of `network`. candle's AdamW is that of PyTorch: decoupled weight
+    /// decay, bias correction of both moments, epsilon outside the root.
+    pub fn new(network: &Network, lora: LoraConfig, config: TrainingConfig) -> Result<Self> {
+        let factors = network.projections().filter_map(|projection| projection.lora.as_ref());
+        let vars = factors.flat_map(|lora| [lora.a.clone(), lora.b.clone()]).collect();
+        let params = ParamsAdamW {
+            lr: config.learning_rate,
+            beta1: config.beta1,
+            beta2: config.beta2,
+            eps: config.epsilon,
+            weight_decay: config.weight_decay,
+        };
+        Ok(Self { lora, config, optimizer: AdamW::new(vars, params)? })
+    }
+
+    /// The gradients of the mean loss over all micro-batches, before clipping.
+    pub fn gradients(&self, network: &Network, input: &StepInput<'_>) -> Result<(StepResult, Gradients)> {
+        let mut gradients = Gradients::zeros(network)?;
+        let trained_tokens = input.trained_tokens() as f64;
+        let mut loss = 0.0;
+        for (micro_batch, batch) in input.micro_batches.iter().enumerate() {
+            let mut pass = network.pass(batch.examples(), batch.sequence_length(), 0)?;
+            pass.dropout = (self.lora.lora_dropout > 0.0).then_some(Dropout {
+                rate: self.lora.lora_dropout,
+                seed: input.dropout_seed,
+                step: input.step,
+                micro_batch,
+            });
+            let step = MicroBatch { network, pass, batch, weight: 1.0 / trained_tokens };
+            loss += match self.config.gradient_checkpointing {
+                true => step.checkpointed(&mut gradients)?,
+                false => step.whole_graph(&mut gradients)?,
+            };
+        }
+        let result = StepResult { loss: loss / trained_tokens, grad_norm: gradients.norm()? };
+        Ok((result, gradients))
+    }
+
+    pub fn step(&mut self, network: &Network, input: &StepInput<'_>) -> Result<StepResult> {
+        let (result, mut gradients) = self.gradients(network, input)?;
+        if let Some(max_norm) = self.config.max_grad_norm {
+            gradients.clip(result.grad_norm, max_norm)?;
+        }
+        self.optimizer.step(&gradients.into_store(network)?)?;
+        Ok(result)
+    }
+}
+
+/// One forward and backward pass.
+struct MicroBatch<'a> {
+    network: &'a Network,
+    pass: Pass<'a>,
+    batch: &'a Batch,
+    /// Factor of the summed loss.
+    weight: f64,
+}
+
+impl MicroBatch<'_> {
+    /// Keeps only the input of each block and computes the block again when its gradient is due.
+    /// Returns the summed loss.
+    fn checkpointed(&self, gradients: &mut Gradients) -> Result<f64> {
+        let network = self.network;
+        let untraced = self.pass.traced(false);
+        let traced = self.pass.traced(true);
+        let mut inputs = Vec::with_capacity(network.blocks.len());
+        let mut x = network.embedding.rows(&self.batch.flat_ids())?;
+        for block in &network.blocks {
+            let out = block.forward(&x, &untraced, None)?;
+            inputs.push(x);
+            x = out;
+        }
+
+        let last = Var::from_tensor(&x)?;
+        drop(x);
+        let Some((loss, surrogate)) = self.loss(&last)? else { return Ok(0.0) };
+        let mut of_output = take(&mut surrogate.backward()?, &last)?;
+        drop(surrogate);
+        for (block, input) in network.blocks.iter().zip(inputs).rev() {
+            let input = Var::from_tensor(&input)?;
+            let out = block.forward(&input, &traced, None)?;
+            let mut store = (out * of_output)?.sum_all()?.backward()?;
+            of_output = take(&mut store, &input)?;
+            for projection in &block.projections {
+                let Some(lora) = &projection.lora else { continue };
+                gradients.add((projection.layer, projection.target), lora, &mut store)?;
+            }
+            if network.device.is_metal() {
+                // candle's pool on Metal reuses a buffer only after the device has caught up.
+                network.device.synchronize()?;
+            }
+        }
+        Ok(loss)
+    }
+
+    /// Keeps the graph of the whole model. Returns the summed loss.
+    fn whole_graph(&self, gradients: &mut Gradients) -> Result<f64> {
+        let x = self.network.forward(&self.batch.flat_ids(), &self.pass.traced(true), None)?;
+        let Some((loss, surrogate)) = self.loss(&x)? else { return Ok(0.0) };
+        let mut store = surrogate.backward()?;
+        for projection in self.network.projections() {
+            let Some(lora) = &projection.lora else { continue };
+            gradients.add((projection.layer, projection.target), lora, &mut store)?;
+        }
+        Ok(loss)
+    }
+
+    /// The summed loss over the supervised positions, and a scalar that stands for it in autograd: its
+    /// gradient is the gradient of the weighted loss. `None` where nothing is supervised.
+    fn loss(&self, last_hidden: &Tensor) -> Result<Option<(f64, Tensor)>> {
+        let (rows, tokens): (Vec<u32>, Vec<u32>) = self.batch.targets().into_iter().unzip();
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let rows = Tensor::new(rows, last_hidden.device())?;
+        let hidden = self.network.norm(&last_hidden.index_select(&rows, 0)?)?;
+        let cross_entropy = CrossEntropy::new(&self.network.head);
+        let (loss, of_hidden) = cross_entropy.sum_and_gradient(&hidden.detach(), &tokens, self.weight)?;
+        Ok(Some((loss, (hidden * of_hidden)?.sum_all()?)))
+    }
+}
+
+/// A gradient that has to be there: candle leaves one out, without an error, where an operation has no
+/// backward.
+fn take(store: &mut GradStore, var: &Tensor) -> Result<Tensor> {
+    match store.remove(var) {
+        Some(gradient) => Ok(gradient.detach()),
+        None => bail!("backward gave no gradient"),
+    }
+}
+
+impl Gradients {
+    fn zeros(network: &Network) -> Result<Self> {
+        let mut all = BTreeMap::new();
+        for projection in network.projections() {
+            let Some(lora) = &projection.lora else { continue };
+            let zeros = LoraGradient { a: lora.a.zeros_like()?, b: lora.b.zeros_like()? };
+            all.insert((projection.layer, projection.target), zeros);
+        }
+        Ok(Self(all))
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&(usize, Target), &LoraGradient)> {
+        self.0.iter()
+    }
+
+    fn add(&mut self, place: (usize, Target), lora: &Lora, store: &mut GradStore) -> Result<()> {
+        let Some(sum) = self.0.get_mut(&place) else { bail!("no adapter at {place:?}") };
+        sum.a = (&sum.a + take(store, &lora.a)?)?;
+        sum.b = (&sum.b + take(store, &lora.b)?)?;
+        Ok(())
+    }
+
+    /// L2 norm over all of them.
+    fn norm(&self) -> Result<f64> {
+        let mut squares = Vec::with_capacity(2 * self.0.len());
+        for gradient in self.0.values() {
+            for tensor in [&gradient.a, &gradient.b] {
+                squares.push(tensor.sqr()?.sum_all()?);
+            }
+        }
+        // One transfer from the device instead of one for each tensor.
+        let squares = Tensor::stack(&squares, 0)?.to_vec1::<f32>()?;
+        Ok(squares.into_iter().map(f64::from).sum::<f64>().sqrt())
+    }
+
+    /// As `torch.nn.utils.clip_grad_norm_`.
+    fn clip(&mut self, norm: f64, max_norm: f64) -> Result<()> {
+        let factor = max_norm / (norm + 1e-6);
+        if factor < 1.0 {
+            for gradient in self.0.values_mut() {
+                gradient.a = (&gradient.a * factor)?;
+                gradient.b = (&gradient.b * factor)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// In the form in which candle's optimizers expect them.
+    fn into_store(mut self, network: &Network) -> Result<GradStore> {
+        let mut store = GradStore::default();
+        for projection in network.projections() {
+            let Some(lora) = &projection.lora else { continue };
+            let Some(gradient) = self.0.remove(&(projection.layer, projection.target)) else { continue };
+            store.insert(&lora.a, gradient.a);
+            store.insert(&lora.b, gradient.b);
+        }
+        Ok(store)
+    }
+}
