@@ -3,7 +3,7 @@
 use crate::config::ModelConfig;
 use crate::{Error, Result};
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, SafeTensors};
+use safetensors::tensor::{Dtype, Metadata};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -252,11 +252,11 @@ fn read_header(path: &Path, found: &mut BTreeMap<String, (Entry, Vec<usize>)>) -
             "is truncated or not safetensors: a header of {header_length} bytes in a file of {length}"
         )));
     }
-    let mut header = vec![0; data_start as usize];
-    header[..8].copy_from_slice(&prefix);
-    file.read_exact(&mut header[8..]).map_err(|e| fail(e.to_string()))?;
-    let (_, metadata) =
-        SafeTensors::read_metadata(&header).map_err(|e| fail(format!("bad safetensors header: {e}")))?;
+    let mut header = vec![0; header_length as usize];
+    file.read_exact(&mut header).map_err(|e| fail(e.to_string()))?;
+    // Not `SafeTensors::read_metadata`: that wants the tensors' bytes in the same buffer.
+    let metadata: Metadata =
+        serde_json::from_slice(&header).map_err(|e| fail(format!("bad safetensors header: {e}")))?;
     let expected = data_start + metadata.data_len() as u64;
     if expected != length {
         let state = if length < expected { "is truncated" } else { "has bytes after its tensors" };
