@@ -1,0 +1,140 @@
+//! Grouped-query attention and its KV cache.
+
+use crate::rope::Rotation;
+use burn::tensor::activation::softmax;
+use burn::tensor::{Bool, Device, Tensor};
+use evalfw_engine::config::ModelConfig;
+
+/// The heads of the model.
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    pub query: usize,
+    pub key_value: usize,
+    pub dim: usize,
+}
+
+impl Heads {
+    pub fn new(config: &ModelConfig) -> Self {
+        Self {
+            query: config.num_attention_heads,
+            key_value: config.num_key_value_heads,
+            dim: config.head_dim,
+        }
+    }
+
+    /// Query heads that share a key and a value.
+    fn group(&self) -> usize {
+        self.query / self.key_value
+    }
+}
+
+/// What all blocks share in one forward pass.
+pub struct Pass {
+    pub batch: usize,
+    /// Positions of each sequence in this pass.
+    pub positions: usize,
+    rotation: Rotation,
+    /// `[1, 1, positions, positions]`, true where attention may not look. There is none for a single
+    /// position, which sees everything before it.
+    mask: Option<Tensor<4, Bool>>,
+}
+
+impl Pass {
+    /// `start` is the position of the first token: not 0 when a KV cache holds what came before.
+    pub fn new(config: &ModelConfig, batch: usize, start: usize, positions: usize, device: &Device) -> Self {
+        let causal = || Tensor::<2, Bool>::tril_mask([positions, positions], 0, device).unsqueeze::<4>();
+        Self {
+            batch,
+            positions,
+            rotation: Rotation::new(config, start, positions, device),
+            mask: (positions > 1).then(causal),
+        }
+    }
+}
+
+/// Attends from `query` `[n, query heads * dim]` to `key` and `value` `[n, key-value heads * dim]`, where
+/// n is batch · positions, and gives `[n, query heads * dim]`.
+pub fn attend(
+    heads: &Heads,
+    pass: &Pass,
+    [query, key, value]: [Tensor<2>; 3],
+    cache: Option<&mut LayerCache>,
+) -> Tensor<2> {
+    let Heads { query: query_heads, key_value: key_value_heads, dim } = *heads;
+    let (batch, positions) = (pass.batch, pass.positions);
+    let split = |x: Tensor<2>, heads: usize| x.reshape([batch, positions, heads, dim]);
+    // One product for each key-value head: the queries of its group stand below each other.
+    let by_head =
+        |x: Tensor<4>| x.swap_dims(1, 2).reshape([(batch * key_value_heads) as i32, -1, dim as i32]);
+
+    let query = pass.rotation.apply(split(query, query_heads)) * (dim as f64).powf(-0.5);
+    let query = by_head(query);
+    let key = by_head(pass.rotation.apply(split(key, key_value_heads)));
+    let value = by_head(split(value, key_value_heads));
+    let (key, value) = match cache {
+        Some(cache) => cache.append(key, value),
+        None => (key, value),
+    };
+
+    let scores: Tensor<3> = query.matmul(key.swap_dims(1, 2));
+    let [products, rows, seen] = scores.dims();
+    let scores = scores.reshape([products, heads.group(), positions, seen]);
+    let scores = match &pass.mask {
+        Some(mask) => {
+            scores.mask_fill(mask.clone().expand([products, heads.group(), positions, seen]), f32::MIN)
+        }
+        None => scores,
+    };
+    let weights = softmax(scores, 3).reshape([products, rows, seen]);
+    let mixed = weights.matmul(value).reshape([batch, query_heads, positions, dim]);
+    mixed.swap_dims(1, 2).reshape([batch * positions, query_heads * dim])
+}
+
+/// Keys and values of one layer for one sequence, `[key-value heads, capacity, dim]`. Grows in steps, so
+/// that most tokens write into memory that is already there.
+#[derive(Default)]
+pub struct LayerCache {
+    stored: Option<Stored>,
+}
+
+struct Stored {
+    key: Tensor<3>,
+    value: Tensor<3>,
+    length: usize,
+}
+
+const GROWTH: usize = 256;
+
+impl LayerCache {
+    /// Appends new positions and returns all so far.
+    fn append(&mut self, key: Tensor<3>, value: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
+        let [heads, new, dim] = key.dims();
+        let device = key.device();
+        let Stored { key: keys, value: values, length } = self.stored.take().unwrap_or_else(|| {
+            let empty = || Tensor::zeros([heads, 0, dim], &device);
+            Stored { key: empty(), value: empty(), length: 0 }
+        });
+        let end = length + new;
+        let write = |stored: Tensor<3>, new: Tensor<3>| {
+            reserve(stored, length, end).slice_assign([0..heads, length..end, 0..dim], new)
+        };
+        let stored = Stored { key: write(keys, key), value: write(values, value), length: end };
+        let seen = |stored: &Tensor<3>| stored.clone().narrow(1, 0, end);
+        let all = (seen(&stored.key), seen(&stored.value));
+        self.stored = Some(stored);
+        all
+    }
+}
+
+/// Makes room for `wanted` positions behind the `length` that count.
+fn reserve(stored: Tensor<3>, length: usize, wanted: usize) -> Tensor<3> {
+    let [heads, capacity, dim] = stored.dims();
+    if wanted <= capacity {
+        return stored;
+    }
+    let grown = Tensor::zeros([heads, wanted.next_multiple_of(GROWTH), dim], &stored.device());
+    match length {
+        0 => grown,
+        _ => grown.slice_assign([0..heads, 0..length, 0..dim], stored.narrow(1, 0, length)),
+    }
+}

@@ -1,0 +1,89 @@
+//! A transformer block of Qwen2.
+
+use crate::attention::{Heads, LayerCache, Pass, attend};
+use crate::device::OpenDevice;
+use crate::frozen::FrozenMatrix;
+use crate::lora::LoraLayer;
+use crate::norm::RmsNorm;
+use burn::tensor::activation::silu;
+use burn::tensor::{Tensor, TensorData};
+use evalfw_engine::Result;
+use evalfw_engine::lora::Target;
+use evalfw_engine::weights::WeightLoader;
+
+pub struct Block {
+    heads: Heads,
+    input_norm: RmsNorm,
+    post_attention_norm: RmsNorm,
+    /// In the order of [`Target::ALL`].
+    projections: Vec<Projection>,
+}
+
+impl Block {
+    pub fn load(loader: &mut WeightLoader<'_>, layer: usize, device: &OpenDevice) -> Result<Self> {
+        let config = loader.config();
+        let norm = |weight| RmsNorm::new(weight, config.rms_norm_eps, &device.device);
+        Ok(Self {
+            heads: Heads::new(config),
+            input_norm: norm(loader.input_norm(layer)?),
+            post_attention_norm: norm(loader.post_attention_norm(layer)?),
+            projections: Target::ALL
+                .iter()
+                .map(|&target| Ok(Projection::new(loader.projection(layer, target)?, device)))
+                .collect::<Result<_>>()?,
+        })
+    }
+
+    /// `[n, hidden]`, where n is batch · positions of the pass. Differentiable in `x` and in the leaves
+    /// of `lora`.
+    pub fn forward(
+        &self,
+        x: Tensor<2>,
+        pass: &Pass,
+        lora: Option<LoraLayer<'_>>,
+        cache: Option<&mut LayerCache>,
+    ) -> Tensor<2> {
+        let project = |target: Target, x: Tensor<2>| {
+            let y = self.projections[target as usize].forward(x.clone());
+            match lora {
+                Some(lora) => y + lora.delta(target, x),
+                None => y,
+            }
+        };
+
+        let normed = self.input_norm.forward(x.clone());
+        let query_key_value = [Target::Q, Target::K, Target::V].map(|target| project(target, normed.clone()));
+        drop(normed);
+        let x = x + project(Target::O, attend(&self.heads, pass, query_key_value, cache));
+
+        let normed = self.post_attention_norm.forward(x.clone());
+        let gate = silu(project(Target::Gate, normed.clone()));
+        let up = project(Target::Up, normed);
+        x + project(Target::Down, gate * up)
+    }
+}
+
+/// A linear layer of the frozen base.
+struct Projection {
+    weight: FrozenMatrix,
+    /// `[1, out_features]`
+    bias: Option<Tensor<2>>,
+}
+
+impl Projection {
+    fn new(projection: evalfw_engine::weights::Projection, device: &OpenDevice) -> Self {
+        let bias = projection.bias.map(|bias| {
+            let shape = [1, bias.len()];
+            Tensor::from_data(TensorData::new(bias, shape), &device.device)
+        });
+        Self { weight: FrozenMatrix::new(projection.weight, device), bias }
+    }
+
+    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        let y = self.weight.matmul(x);
+        match &self.bias {
+            Some(bias) => y + bias.clone(),
+            None => y,
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Opens a device and says what it is.
+
+use crate::BurnDevice;
+use crate::guard::guard;
+use burn::tensor::Device;
+use burn::tensor::wgpu::WgpuInitError;
+use burn_wgpu::{WgpuBackend, WgpuSetup, wgpu};
+use evalfw_engine::protocol::{DeviceInfo, DeviceKind};
+use evalfw_engine::{Error, Result};
+use std::sync::Mutex;
+
+/// A device that is ready for tensors.
+#[derive(Clone)]
+pub struct OpenDevice {
+    pub kind: BurnDevice,
+    pub device: Device,
+    pub info: DeviceInfo,
+    /// The largest buffer a kernel can read, in bytes.
+    pub max_buffer_bytes: u64,
+}
+
+impl OpenDevice {
+    pub fn open(kind: BurnDevice) -> Result<Self> {
+        match kind {
+            BurnDevice::Flex => Ok(flex()),
+            BurnDevice::Wgpu => wgpu(),
+        }
+    }
+}
+
+fn flex() -> OpenDevice {
+    let info = DeviceInfo {
+        kind: DeviceKind::Cpu,
+        name: cpu_name().unwrap_or_else(|| format!("{} CPU", std::env::consts::ARCH)),
+        driver: None,
+        software: false,
+        memory_bytes: None,
+    };
+    OpenDevice { kind: BurnDevice::Flex, device: Device::flex(), info, max_buffer_bytes: u64::MAX }
+}
+
+fn cpu_name() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+/// burn can set up an adapter only once in a process.
+static WGPU: Mutex<Option<OpenDevice>> = Mutex::new(None);
+
+fn wgpu() -> Result<OpenDevice> {
+    let mut opened = WGPU.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Some(device) = &*opened {
+        return Ok(device.clone());
+    }
+    let (device, setup) =
+        guard(|| Device::wgpu_options().graphics_api(GRAPHICS_API).init_with_setup().map_err(unavailable))?;
+    let limits = setup.device.limits();
+    let device = OpenDevice {
+        kind: BurnDevice::Wgpu,
+        device,
+        info: adapter_info(&setup),
+        max_buffer_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
+    };
+    Ok(opened.insert(device).clone())
+}
+
+/// Named, so that a machine without its driver is an error and not a slow way round through OpenGL.
+const GRAPHICS_API: WgpuBackend = if cfg!(target_vendor = "apple") {
+    WgpuBackend::Metal
+} else if cfg!(windows) {
+    WgpuBackend::Dx12
+} else {
+    WgpuBackend::Vulkan
+};
+
+fn unavailable(error: WgpuInitError) -> Error {
+    match error {
+        WgpuInitError::AdapterUnavailable { .. }
+        | WgpuInitError::RequestDevice { .. }
+        | WgpuInitError::UnsupportedGraphicsApi { .. } => Error::Unavailable {
+            reason: format!("burn-wgpu finds no {GRAPHICS_API:?} device: {error}"),
+            advice: match GRAPHICS_API {
+                WgpuBackend::Vulkan => {
+                    "install the GPU vendor's Vulkan driver and the Vulkan loader, or, to \
+                    try it out on the CPU, a software adapter: `apt-get install mesa-vulkan-drivers`"
+                        .into()
+                }
+                _ => "install the GPU vendor's current driver, or use burn-flex".into(),
+            },
+        },
+        other => Error::framework(other),
+    }
+}
+
+fn adapter_info(setup: &WgpuSetup) -> DeviceInfo {
+    let info = setup.adapter.get_info();
+    let software = info.device_type == wgpu::DeviceType::Cpu;
+    let driver = [format!("{:?}", info.backend), info.driver, info.driver_info];
+    DeviceInfo {
+        kind: match info.device_type {
+            wgpu::DeviceType::Cpu => DeviceKind::Cpu,
+            wgpu::DeviceType::IntegratedGpu => DeviceKind::UnifiedGpu,
+            _ => DeviceKind::DiscreteGpu,
+        },
+        name: info.name,
+        driver: Some(driver.join(" ").trim().to_owned()),
+        software,
+        // wgpu does not tell.
+        memory_bytes: None,
+    }
+}

@@ -1,0 +1,56 @@
+//! The engine: an open device that loads models.
+
+use crate::BurnDevice;
+use crate::device::OpenDevice;
+use crate::guard::guard;
+use crate::model::BurnModel;
+use crate::network::Network;
+use evalfw_engine::protocol::{EngineInfo, VERSION};
+use evalfw_engine::weights::WeightLoader;
+use evalfw_engine::{Engine, LoadedModel, Result};
+
+pub struct BurnEngine {
+    device: OpenDevice,
+}
+
+impl BurnEngine {
+    pub fn open(device: BurnDevice) -> Result<Self> {
+        Ok(Self { device: OpenDevice::open(device)? })
+    }
+}
+
+impl Engine for BurnEngine {
+    fn info(&self) -> EngineInfo {
+        let engine = match self.device.kind {
+            BurnDevice::Wgpu => "burn-wgpu",
+            BurnDevice::Flex => "burn-flex",
+        };
+        EngineInfo {
+            protocol: VERSION,
+            engine: engine.into(),
+            engine_version: env!("CARGO_PKG_VERSION").into(),
+            framework: "burn".into(),
+            framework_version: env!("BURN_VERSION").into(),
+            device: self.device.info.clone(),
+            compute_dtype: "f32".into(),
+            features: features(self.device.kind),
+            threads: rayon::current_num_threads(),
+        }
+    }
+
+    fn load(&mut self, loader: WeightLoader<'_>) -> Result<LoadedModel> {
+        guard(|| {
+            let network = Network::load(loader, &self.device)?;
+            Ok(Box::new(BurnModel::new(network)) as LoadedModel)
+        })
+    }
+}
+
+/// The features that matter on the device and are compiled in.
+fn features(device: BurnDevice) -> Vec<String> {
+    let known = match device {
+        BurnDevice::Wgpu => vec![("autotune", cfg!(feature = "autotune"))],
+        BurnDevice::Flex => vec![("x86-v4", cfg!(feature = "x86-v4"))],
+    };
+    known.into_iter().filter(|(_, on)| *on).map(|(name, _)| name.to_owned()).collect()
+}

@@ -1,0 +1,148 @@
+//! A loaded model, as the contract wants it.
+
+use crate::attention::LayerCache;
+use crate::guard::guard;
+use crate::lora::{Lora, download};
+use crate::network::Network;
+use crate::optimizer::{self, AdamW};
+use crate::training;
+use evalfw_engine::batch::Batch;
+use evalfw_engine::lora::{Adapter, AdapterTensors};
+use evalfw_engine::protocol::{DeviceMemory, TrainingConfig};
+use evalfw_engine::{Error, Evaluation, Model, Result, StepInput, StepResult};
+
+pub struct BurnModel {
+    network: Network,
+    adapter: Option<Trained>,
+    /// The sequence that is being generated.
+    sequence: Sequence,
+}
+
+/// An adapter with what its training needs.
+struct Trained {
+    lora: Lora,
+    training: TrainingConfig,
+    optimizer: AdamW,
+}
+
+#[derive(Default)]
+struct Sequence {
+    caches: Vec<LayerCache>,
+    length: usize,
+}
+
+impl BurnModel {
+    pub fn new(network: Network) -> Self {
+        Self { network, adapter: None, sequence: Sequence::default() }
+    }
+
+    fn lora(&self) -> Option<&Lora> {
+        self.adapter.as_ref().map(|adapter| &adapter.lora)
+    }
+
+    fn trained(&self) -> Result<&Trained> {
+        self.adapter.as_ref().ok_or_else(no_adapter)
+    }
+
+    /// Appends tokens to the sequence and returns the most likely next one.
+    fn append(&mut self, tokens: &[u32]) -> Result<u32> {
+        let Self { network, adapter, sequence } = self;
+        let lora = adapter.as_ref().map(|adapter| &adapter.lora);
+        let pass = network.pass(1, sequence.length, tokens.len());
+        let hidden = network.forward(tokens, &pass, lora, Some(&mut sequence.caches));
+        sequence.length += tokens.len();
+        let last = hidden.narrow(0, tokens.len() - 1, 1);
+        most_likely(&network.head.logits(network.norm.forward(last))?)
+    }
+}
+
+impl Model for BurnModel {
+    fn attach_adapter(&mut self, adapter: &Adapter, training: &TrainingConfig) -> Result<()> {
+        guard(|| {
+            let lora = Lora::new(adapter, &self.network.config, &self.network.device)?;
+            let optimizer = AdamW::new(training.clone(), &lora.factors);
+            self.adapter = Some(Trained { lora, training: training.clone(), optimizer });
+            Ok(())
+        })
+    }
+
+    fn train_step(&mut self, input: &StepInput<'_>) -> Result<StepResult> {
+        guard(|| {
+            let Some(Trained { lora, training, optimizer }) = &mut self.adapter else {
+                return Err(no_adapter());
+            };
+            let checkpointing = training.gradient_checkpointing;
+            let (result, mut gradients) = training::gradients(&self.network, lora, checkpointing, input)?;
+            if let Some(max_norm) = training.max_grad_norm {
+                optimizer::clip(&mut gradients, result.grad_norm, max_norm);
+            }
+            optimizer.step(&mut lora.factors, gradients);
+            Ok(result)
+        })
+    }
+
+    fn gradients(&mut self, input: &StepInput<'_>) -> Result<(StepResult, AdapterTensors)> {
+        guard(|| {
+            let Trained { lora, training, .. } = self.trained()?;
+            let checkpointing = training.gradient_checkpointing;
+            let (result, gradients) = training::gradients(&self.network, lora, checkpointing, input)?;
+            Ok((result, download(&gradients)?))
+        })
+    }
+
+    fn evaluate(&mut self, batches: &[Batch]) -> Result<Evaluation> {
+        guard(|| training::evaluate(&self.network, self.lora(), batches))
+    }
+
+    fn prefill(&mut self, tokens: &[u32]) -> Result<u32> {
+        guard(|| {
+            let caches = self.network.blocks.iter().map(|_| LayerCache::default()).collect();
+            self.sequence = Sequence { caches, length: 0 };
+            self.append(tokens)
+        })
+    }
+
+    fn decode(&mut self, token: u32) -> Result<u32> {
+        if self.sequence.length == 0 {
+            return Err(Error::protocol("decode continues a prefill, and there was none"));
+        }
+        guard(|| self.append(&[token]))
+    }
+
+    fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        guard(|| {
+            let pass = self.network.pass(1, 0, tokens.len());
+            let hidden = self.network.forward(tokens, &pass, self.lora(), None);
+            self.network.head.logits(self.network.norm.forward(hidden))
+        })
+    }
+
+    fn adapter(&mut self) -> Result<AdapterTensors> {
+        guard(|| download(&self.trained()?.lora.factors))
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        guard(|| self.network.device.sync().map_err(Error::framework))
+    }
+
+    fn memory(&self) -> DeviceMemory {
+        let usage = guard(|| Ok(self.network.device.memory_pool_usage())).ok().flatten();
+        DeviceMemory {
+            in_use_bytes: usage.as_ref().map(|usage| usage.bytes_in_use),
+            reserved_bytes: usage.as_ref().map(|usage| usage.bytes_reserved),
+        }
+    }
+}
+
+fn no_adapter() -> Error {
+    Error::protocol("no adapter is attached")
+}
+
+/// Index of the largest logit, the first of several.
+fn most_likely(logits: &[f32]) -> Result<u32> {
+    if let Some(bad) = logits.iter().find(|v| !v.is_finite()) {
+        return Err(Error::not_finite(format_args!("a logit is {bad}")));
+    }
+    let best = logits.iter().enumerate().reduce(|best, next| if next.1 > best.1 { next } else { best });
+    best.map(|(token, _)| token as u32).ok_or_else(|| Error::framework("the model gave no logits"))
+}

@@ -1,0 +1,61 @@
+//! Qwen2 without its adapter.
+
+use crate::attention::{LayerCache, Pass};
+use crate::block::Block;
+use crate::device::OpenDevice;
+use crate::embedding::Embedding;
+use crate::head::Head;
+use crate::lora::Lora;
+use crate::norm::RmsNorm;
+use burn::tensor::{Device, Tensor};
+use evalfw_engine::Result;
+use evalfw_engine::config::ModelConfig;
+use evalfw_engine::weights::WeightLoader;
+use std::sync::Arc;
+
+pub struct Network {
+    pub config: ModelConfig,
+    pub device: Device,
+    pub embedding: Embedding,
+    pub blocks: Vec<Block>,
+    pub norm: RmsNorm,
+    pub head: Head,
+}
+
+impl Network {
+    pub fn load(mut loader: WeightLoader<'_>, device: &OpenDevice) -> Result<Self> {
+        let config = loader.config().clone();
+        let table = Arc::new(loader.embedding()?);
+        let blocks = (0..config.num_hidden_layers)
+            .map(|layer| Block::load(&mut loader, layer, device))
+            .collect::<Result<_>>()?;
+        let norm = RmsNorm::new(loader.final_norm()?, config.rms_norm_eps, &device.device);
+        let head = match loader.head()? {
+            Some(head) => Head::new(&Arc::new(head), device),
+            None => Head::new(&table, device),
+        };
+        let embedding = Embedding { table };
+        Ok(Self { config, device: device.device.clone(), embedding, blocks, norm, head })
+    }
+
+    /// What the blocks share for `batch` sequences whose next `positions` begin at `start`.
+    pub fn pass(&self, batch: usize, start: usize, positions: usize) -> Pass {
+        Pass::new(&self.config, batch, start, positions, &self.device)
+    }
+
+    /// From the embedding to the last block, `[n, hidden]`, without gradients.
+    pub fn forward(
+        &self,
+        tokens: &[u32],
+        pass: &Pass,
+        lora: Option<&Lora>,
+        mut cache: Option<&mut [LayerCache]>,
+    ) -> Tensor<2> {
+        let mut x = self.embedding.look_up(tokens, &self.device);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let cache = cache.as_deref_mut().map(|layers| &mut layers[layer]);
+            x = block.forward(x, pass, lora.map(|lora| lora.layer(layer, None)), cache);
+        }
+        x
+    }
+}
