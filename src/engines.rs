@@ -1,6 +1,6 @@
 //! The registry of engines: a line each.
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use evalfw_engine::{Engine, Error};
 
 /// An engine on a device, as named on the command line.
@@ -15,7 +15,11 @@ pub const ENGINES: &[EngineSpec] = &[
     EngineSpec { name: "candle-cpu", summary: "candle on the CPU", open: candle::cpu },
     EngineSpec { name: "candle-cuda", summary: "candle on an NVIDIA GPU", open: candle::cuda },
     EngineSpec { name: "candle-metal", summary: "candle on an Apple GPU", open: candle::metal },
-    EngineSpec { name: "burn-wgpu", summary: "Burn on a GPU through Vulkan, Metal or DX12", open: burn::wgpu },
+    EngineSpec {
+        name: "burn-wgpu",
+        summary: "Burn on a GPU through Vulkan, Metal or DX12",
+        open: burn::wgpu,
+    },
     EngineSpec { name: "burn-flex", summary: "Burn on the CPU", open: burn::flex },
 ];
 
@@ -40,7 +44,7 @@ fn left_out(feature: &str) -> evalfw_engine::Result<Box<dyn Engine>> {
 
 #[cfg(feature = "candle")]
 mod candle {
-    use evalfw_candle::{open, CandleDevice};
+    use evalfw_candle::{CandleDevice, open};
     use evalfw_engine::{Engine, Result};
 
     pub fn cpu() -> Result<Box<dyn Engine>> {
@@ -76,7 +80,7 @@ mod candle {
 
 #[cfg(feature = "burn")]
 mod burn {
-    use evalfw_burn::{open, BurnDevice};
+    use evalfw_burn::{BurnDevice, open};
     use evalfw_engine::{Engine, Result};
 
     pub fn wgpu() -> Result<Box<dyn Engine>> {

@@ -9,7 +9,11 @@ use std::time::{Duration, Instant};
 const HELLO: &str = r#"{"id":1,"result":{"protocol":1,"engine":"fake","engine_version":"0","framework":"fake","framework_version":"0","device":{"kind":"cpu","name":"cpu","driver":null,"software":false,"memory_bytes":null},"compute_dtype":"f32","features":[],"threads":1}}"#;
 
 fn shell(script: &str) -> WorkerCommand {
-    WorkerCommand { program: "sh".into(), arguments: vec!["-c".into(), script.into()], environment: Vec::new() }
+    WorkerCommand {
+        program: "sh".into(),
+        arguments: vec!["-c".into(), script.into()],
+        environment: Vec::new(),
+    }
 }
 
 fn start(script: &str) -> Client {

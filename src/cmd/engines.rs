@@ -1,7 +1,7 @@
 //! `evalfw engines`: what can run on this machine, and what is missing.
 
 use crate::engines::ENGINES;
-use crate::probe::{probe, Availability};
+use crate::probe::{Availability, probe};
 use anyhow::Result;
 use clap::Args;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
@@ -13,7 +13,9 @@ use std::process::ExitCode;
 
 /// List every engine and device, whether it can run here, and what to install if not
 #[derive(Args)]
-#[command(after_help = "Examples:\n  evalfw engines\n  evalfw engines --json | jq '.[] | select(.available)'")]
+#[command(
+    after_help = "Examples:\n  evalfw engines\n  evalfw engines --json | jq '.[] | select(.available)'"
+)]
 pub struct EnginesArgs {
     /// Print JSON
     #[arg(long)]
@@ -50,10 +52,12 @@ pub fn run(args: &EnginesArgs) -> Result<ExitCode> {
 
 fn table(rows: &[Row]) -> Table {
     let mut table = Table::new();
-    table
-        .load_style(UTF8_FULL_CONDENSED)
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_header(["engine", "runs here", "version", "device"]);
+    table.load_style(UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic).set_header([
+        "engine",
+        "runs here",
+        "version",
+        "device",
+    ]);
     for row in rows {
         match &row.details {
             Availability::Available(info) => {

@@ -6,17 +6,17 @@ use crate::engines::{self, ENGINES};
 use crate::interrupt;
 use crate::measure::host::Environment;
 use crate::model::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
-use crate::plan::{interleaved, Cell};
-use crate::probe::{probe, Availability, Reason};
+use crate::plan::{Cell, interleaved};
+use crate::probe::{Availability, Reason, probe};
 use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};
 use crate::render;
 use crate::run::cell::WorkerExecutor;
 use crate::run::inputs::ModelInputs;
 use crate::run::progress::Progress;
 use crate::run::settings::Settings;
-use crate::run::{execute, RunContext};
+use crate::run::{RunContext, execute};
 use crate::scenario::{Library, Scenario};
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -101,7 +101,8 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     for (cell, reason) in &unavailable {
         log.append(&context.unavailable(cell, reason))?;
     }
-    let mut executor = WorkerExecutor { models: inputs, logs: folder.join("logs"), threads: settings.threads };
+    let mut executor =
+        WorkerExecutor { models: inputs, logs: folder.join("logs"), threads: settings.threads };
     execute(&context, &cells, &done, &mut executor, &mut log, &progress)?;
     conclude(args, &settings, &root, &folder)
 }
@@ -146,7 +147,9 @@ fn finished_cells(folder: &Path) -> Result<BTreeSet<String>> {
     let records = match record::read(folder) {
         Ok(records) => records,
         // The run was interrupted before its first cell ended.
-        Err(_) if std::fs::metadata(folder.join(record::CELLS_FILE)).is_ok_and(|m| m.len() == 0) => Vec::new(),
+        Err(_) if std::fs::metadata(folder.join(record::CELLS_FILE)).is_ok_and(|m| m.len() == 0) => {
+            Vec::new()
+        }
         Err(error) => return Err(error),
     };
     Ok(records.into_iter().filter(|r| r.outcome == Outcome::Ok).map(|r| r.cell).collect())

@@ -2,7 +2,7 @@
 
 use crate::model::presets::Preset;
 use crate::model::synth::{self, Outcome, SynthOptions};
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
@@ -24,7 +24,10 @@ pub struct SynthArgs {
 }
 
 fn after_help() -> String {
-    format!("Sizes:\n{}\n\nExamples:\n  evalfw synth tiny /tmp/tiny\n  evalfw synth 7b models/7b --seed 7", Preset::table())
+    format!(
+        "Sizes:\n{}\n\nExamples:\n  evalfw synth tiny /tmp/tiny\n  evalfw synth 7b models/7b --seed 7",
+        Preset::table()
+    )
 }
 
 pub fn run(args: &SynthArgs) -> Result<ExitCode> {
@@ -34,7 +37,9 @@ pub fn run(args: &SynthArgs) -> Result<ExitCode> {
     }
     let options = SynthOptions { seed: args.seed, max_shard_bytes: (args.max_shard_gb * 1e9) as u64 };
     let bar = ProgressBar::new(preset.checkpoint_bytes());
-    if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}") {
+    if let Ok(style) =
+        ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+    {
         bar.set_style(style);
     }
     bar.set_message(preset.name.clone());
@@ -45,7 +50,9 @@ pub fn run(args: &SynthArgs) -> Result<ExitCode> {
     bar.finish_and_clear();
     match outcome {
         Outcome::Written => println!("wrote {} to {}", preset.name, args.dir.display()),
-        Outcome::AlreadyThere => println!("{} already holds {} of this seed", args.dir.display(), preset.name),
+        Outcome::AlreadyThere => {
+            println!("{} already holds {} of this seed", args.dir.display(), preset.name)
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

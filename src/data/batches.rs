@@ -1,7 +1,7 @@
 //! Rows of a fixed number of slots, and batches of rows, in an order that a seed decides.
 
 use super::chat::TokenizedExample;
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use evalfw_engine::batch::{Batch, IGNORE_INDEX};
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
@@ -52,10 +52,8 @@ pub fn batches(
     seed: u64,
 ) -> Result<Vec<PreparedBatch>> {
     let slots = shape.sequence_length;
-    let usable: Vec<&TokenizedExample> = examples
-        .iter()
-        .filter(|e| e.labels.iter().take(slots).skip(1).any(|&l| l != IGNORE_INDEX))
-        .collect();
+    let usable: Vec<&TokenizedExample> =
+        examples.iter().filter(|e| e.labels.iter().take(slots).skip(1).any(|&l| l != IGNORE_INDEX)).collect();
     if usable.is_empty() {
         bail!("no example has a token of its answer within sequence_length {slots}");
     }
@@ -91,7 +89,10 @@ pub fn random_batches(vocab_size: usize, shape: BatchShape, count: usize, seed: 
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut row = || {
         let ids = random_tokens(&mut random, vocab_size, slots);
-        let labels = ids.iter().enumerate().map(|(i, &id)| if i < slots.div_ceil(2) { IGNORE_INDEX } else { id.into() });
+        let labels = ids
+            .iter()
+            .enumerate()
+            .map(|(i, &id)| if i < slots.div_ceil(2) { IGNORE_INDEX } else { id.into() });
         Row { labels: labels.collect(), ids, examples: 1 }
     };
     (0..count).map(|_| pad(&(0..shape.batch_size).map(|_| row()).collect::<Vec<_>>(), slots)).collect()

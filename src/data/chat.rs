@@ -1,7 +1,7 @@
 //! Chats to token ids, in the ChatML form of Qwen2.5, with labels on the answers only.
 
 use super::dataset::{Example, Role};
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use evalfw_engine::batch::IGNORE_INDEX;
 use evalfw_engine::config::ModelConfig;
 use std::ops::Range;

@@ -1,6 +1,6 @@
 //! Instruction data: `messages` JSONL, as TRL and axolotl take it.
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use std::path::Path;
 
@@ -99,7 +99,12 @@ mod tests {
     #[test]
     fn the_built_in_data_is_whole() {
         let data = Dataset::built_in().unwrap();
-        assert!(data.train.len() >= 300 && data.valid.len() >= 30, "{} {}", data.train.len(), data.valid.len());
+        assert!(
+            data.train.len() >= 300 && data.valid.len() >= 30,
+            "{} {}",
+            data.train.len(),
+            data.valid.len()
+        );
         assert!(data.valid.iter().all(|v| !data.train.contains(v)), "an example is in both sets");
     }
 }

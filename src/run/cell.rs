@@ -37,8 +37,13 @@ impl Executor for WorkerExecutor {
     fn execute(&mut self, cell: &Cell, progress: &Progress) -> Execution {
         let started_at = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
         let start = Instant::now();
-        let mut execution =
-            Execution { info: None, started_at, wall_seconds: 0.0, samples: Samples::default(), failure: None };
+        let mut execution = Execution {
+            info: None,
+            started_at,
+            wall_seconds: 0.0,
+            samples: Samples::default(),
+            failure: None,
+        };
         let inputs = &self.models[cell.model];
         let log = self.logs.join(format!("{}.log", cell.id(&inputs.name).replace('/', "_")));
         let timeout = Duration::from_secs(cell.scenario.timeout_seconds());
@@ -51,7 +56,8 @@ impl Executor for WorkerExecutor {
             }
             Ok(client) => {
                 let memory = MemoryProbe::start(client.pid());
-                let mut session = Session { client, memory, samples: Samples::default(), during: String::new(), progress };
+                let mut session =
+                    Session { client, memory, samples: Samples::default(), during: String::new(), progress };
                 let result = session.run(cell, inputs, &mut execution.info);
                 let stderr_tail = session.client.stderr_tail();
                 (session.samples.phases, session.samples.memory) = session.memory.finish();
@@ -61,8 +67,9 @@ impl Executor for WorkerExecutor {
                     session.during = "bye".into();
                     session.client.finish()
                 });
-                execution.failure =
-                    result.err().map(|failure| (failure.outcome(), failure.record(&session.during, stderr_tail)));
+                execution.failure = result
+                    .err()
+                    .map(|failure| (failure.outcome(), failure.record(&session.during, stderr_tail)));
             }
         }
         execution.wall_seconds = start.elapsed().as_secs_f64();
@@ -81,7 +88,12 @@ pub struct Session<'a> {
 }
 
 impl Session<'_> {
-    fn run(&mut self, cell: &Cell, inputs: &ModelInputs, info: &mut Option<EngineInfo>) -> Result<(), Failure> {
+    fn run(
+        &mut self,
+        cell: &Cell,
+        inputs: &ModelInputs,
+        info: &mut Option<EngineInfo>,
+    ) -> Result<(), Failure> {
         self.during = "hello".into();
         *info = Some(self.client.hello()?);
         scenarios::run(self, cell, inputs)

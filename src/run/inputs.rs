@@ -1,11 +1,11 @@
 //! What the harness hands to engines, made and checked before the first worker starts.
 
 use crate::data::adapter::initial_adapter;
-use crate::data::batches::{batches, random_batches, random_prompt, BatchShape, PreparedBatch};
-use crate::data::chat::{read_tokenizer, tokenize, TokenizedExample};
+use crate::data::batches::{BatchShape, PreparedBatch, batches, random_batches, random_prompt};
+use crate::data::chat::{TokenizedExample, read_tokenizer, tokenize};
 use crate::data::dataset::Dataset;
 use crate::scenario::{Scenario, TrainScenario};
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use evalfw_engine::batch::write_batches;
 use evalfw_engine::checkpoint::Checkpoint;
 use evalfw_engine::config::ModelConfig;
@@ -57,21 +57,31 @@ impl PageCache {
 
 /// Where tokens come from.
 enum Source {
-    Data { train: Vec<TokenizedExample>, valid: Vec<TokenizedExample> },
+    Data {
+        train: Vec<TokenizedExample>,
+        valid: Vec<TokenizedExample>,
+    },
     /// The folder has no tokenizer: seeded random ids.
     Random,
 }
 
 impl ModelInputs {
     /// Checks the checkpoint, the tokenizer and the data, and writes what the scenarios need.
-    pub fn prepare(name: &str, dir: &Path, data: &Dataset, scenarios: &[&Scenario], seed: u64) -> Result<Self> {
+    pub fn prepare(
+        name: &str,
+        dir: &Path,
+        data: &Dataset,
+        scenarios: &[&Scenario],
+        seed: u64,
+    ) -> Result<Self> {
         let dir = std::path::absolute(dir).with_context(|| dir.display().to_string())?;
         let checkpoint = Checkpoint::open(&dir)?;
         let config = checkpoint.config.clone();
         let source = match read_tokenizer(&dir, &config)? {
             None => Source::Random,
             Some(tokenizer) => {
-                let all = |examples: &[_]| examples.iter().map(|e| tokenize(&tokenizer, e)).collect::<Result<_>>();
+                let all =
+                    |examples: &[_]| examples.iter().map(|e| tokenize(&tokenizer, e)).collect::<Result<_>>();
                 Source::Data { train: all(&data.train)?, valid: all(&data.valid)? }
             }
         };

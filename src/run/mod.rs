@@ -11,7 +11,7 @@ use crate::measure::host::Environment;
 use crate::measure::metrics;
 use crate::plan::Cell;
 use crate::probe::Reason;
-use crate::record::{CellError, CellRecord, ModelRecord, Outcome, RunLog, Samples, SCHEMA};
+use crate::record::{CellError, CellRecord, ModelRecord, Outcome, RunLog, SCHEMA, Samples};
 use anyhow::Result;
 use cell::{Execution, Executor};
 use evalfw_engine::protocol::EngineInfo;
@@ -84,7 +84,13 @@ impl RunContext {
         self.empty(cell, None, reason.outcome, Some(error))
     }
 
-    fn empty(&self, cell: &Cell, info: Option<EngineInfo>, outcome: Outcome, error: Option<CellError>) -> CellRecord {
+    fn empty(
+        &self,
+        cell: &Cell,
+        info: Option<EngineInfo>,
+        outcome: Outcome,
+        error: Option<CellError>,
+    ) -> CellRecord {
         let model = &self.models[cell.model];
         let of = |get: fn(&EngineInfo) -> String| info.as_ref().map(get);
         CellRecord {

@@ -15,7 +15,8 @@ impl Progress {
     pub fn new() -> Self {
         let terminal = std::io::stderr().is_terminal();
         let bar = if terminal { ProgressBar::no_length() } else { ProgressBar::hidden() };
-        if let Ok(style) = ProgressStyle::with_template("{spinner} [{pos}/{len}] {prefix}  {msg} ({elapsed})") {
+        if let Ok(style) = ProgressStyle::with_template("{spinner} [{pos}/{len}] {prefix}  {msg} ({elapsed})")
+        {
             bar.set_style(style);
         }
         Self { bar, terminal }

@@ -30,7 +30,10 @@ fn load(session: &mut Session<'_>, inputs: &ModelInputs, quantization: Quantizat
         Some(LoadSample { times: loaded.times, page_cache: inputs.page_cache.as_str().to_owned() });
     let parameters = inputs.config.parameters();
     if loaded.parameters != parameters {
-        return Err(Failure::Wrong(format!("loaded {} parameters of a model of {parameters}", loaded.parameters)));
+        return Err(Failure::Wrong(format!(
+            "loaded {} parameters of a model of {parameters}",
+            loaded.parameters
+        )));
     }
     let head = if inputs.config.tie_word_embeddings { "tied_head" } else { "untied_head" };
     session.passed("load_checkpoint", "a Hugging Face folder was loaded");
@@ -127,12 +130,16 @@ fn check_saved_adapter(session: &mut Session<'_>, inputs: &ModelInputs) -> Resul
     let folder = tempfile::tempdir().map_err(|e| Failure::Harness(format!("no temporary folder: {e}")))?;
     session.call("save adapter", SaveAdapter { output: folder.path().to_owned() })?;
     let adapter = Adapter::read(folder.path(), &inputs.config).map_err(|e| Failure::Wrong(e.to_string()))?;
-    session.passed("save_peft_adapter", "adapter_model.safetensors and adapter_config.json were written and read back");
+    session.passed(
+        "save_peft_adapter",
+        "adapter_model.safetensors and adapter_config.json were written and read back",
+    );
     let untrained = adapter.tensors.iter().find(|(_, pair)| pair.b.iter().all(|&b| b == 0.0));
     if let Some(((layer, target), _)) = untrained {
         return Err(Failure::Wrong(format!("no gradient reached {} of layer {layer}", target.module())));
     }
-    let adapted = format!("{} projections of {} layers moved", Target::ALL.len(), inputs.config.num_hidden_layers);
+    let adapted =
+        format!("{} projections of {} layers moved", Target::ALL.len(), inputs.config.num_hidden_layers);
     session.passed("lora_all_projections", &adapted);
     Ok(())
 }
@@ -155,13 +162,20 @@ fn infer(
         session.phase("decode");
         let call = Decode { first: prefill.next, steps: scenario.generate_tokens };
         let decode = session.call(format!("decode, {of}"), call)?;
-        if decode.seconds.len() != scenario.generate_tokens || decode.tokens.len() != scenario.generate_tokens {
+        if decode.seconds.len() != scenario.generate_tokens || decode.tokens.len() != scenario.generate_tokens
+        {
             let got = decode.tokens.len();
-            return Err(Failure::Wrong(format!("{got} tokens decoded, {} asked for", scenario.generate_tokens)));
+            return Err(Failure::Wrong(format!(
+                "{got} tokens decoded, {} asked for",
+                scenario.generate_tokens
+            )));
         }
         session.samples.decode.push(DecodeSample { warmup, seconds: decode.seconds });
     }
-    session.passed("kv_cache_generation", &format!("{} tokens decoded after the prompt", scenario.generate_tokens));
+    session.passed(
+        "kv_cache_generation",
+        &format!("{} tokens decoded after the prompt", scenario.generate_tokens),
+    );
     Ok(())
 }
 

@@ -56,12 +56,14 @@ impl Client {
         }
         let response = self.response()?;
         if response.id != id {
-            return Err(Failure::Protocol(format!("a reply to call {}, while call {id} was open", response.id)));
+            return Err(Failure::Protocol(format!(
+                "a reply to call {}, while call {id} was open",
+                response.id
+            )));
         }
         match (response.result, response.error) {
-            (Some(result), None) => {
-                serde_json::from_value(result).map_err(|e| Failure::Protocol(format!("reply to call {id}: {e}")))
-            }
+            (Some(result), None) => serde_json::from_value(result)
+                .map_err(|e| Failure::Protocol(format!("reply to call {id}: {e}"))),
             (None, Some(error)) => Err(Failure::Engine(error)),
             _ => Err(Failure::Protocol("a reply needs either a result or an error".into())),
         }

@@ -32,7 +32,9 @@ impl Failure {
     pub fn outcome(&self) -> Outcome {
         match self {
             Self::Engine(EngineError::Unavailable { .. }) => Outcome::Unavailable,
-            Self::Engine(EngineError::OutOfMemory { .. }) | Self::Died { out_of_memory: true, .. } => Outcome::Oom,
+            Self::Engine(EngineError::OutOfMemory { .. }) | Self::Died { out_of_memory: true, .. } => {
+                Outcome::Oom
+            }
             Self::Engine(EngineError::NotFinite { .. }) | Self::Wrong(_) => Outcome::Wrong,
             Self::Died { .. } => Outcome::Crashed,
             Self::Timeout(_) => Outcome::Timeout,
@@ -45,11 +47,14 @@ impl Failure {
     /// The failure as it stands in the record.
     pub fn record(&self, during: &str, stderr_tail: Vec<String>) -> CellError {
         let (message, advice) = match self {
-            Self::Engine(EngineError::Unavailable { reason, advice }) => (reason.clone(), Some(advice.clone())),
-            Self::Timeout(_) => (self.to_string(), Some("raise timeout_seconds of the scenario".into())),
-            Self::Died { out_of_memory: true, .. } => {
-                (self.to_string(), Some("a shorter sequence_length or a smaller model needs less memory".into()))
+            Self::Engine(EngineError::Unavailable { reason, advice }) => {
+                (reason.clone(), Some(advice.clone()))
             }
+            Self::Timeout(_) => (self.to_string(), Some("raise timeout_seconds of the scenario".into())),
+            Self::Died { out_of_memory: true, .. } => (
+                self.to_string(),
+                Some("a shorter sequence_length or a smaller model needs less memory".into()),
+            ),
             _ => (self.to_string(), None),
         };
         CellError { during: during.to_owned(), message, advice, stderr_tail }

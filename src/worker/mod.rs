@@ -6,4 +6,4 @@ mod process;
 
 pub use client::Client;
 pub use failure::Failure;
-pub use process::{kill_all, WorkerCommand};
+pub use process::{WorkerCommand, kill_all};

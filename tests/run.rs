@@ -1,0 +1,208 @@
+//! The main job, end to end through the real binary, on a model of a blink.
+
+mod support;
+
+use evalfw::record::{CellRecord, Outcome};
+use evalfw::scenario::Scenario;
+use predicates::prelude::*;
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use support::{Workspace, micro_model_with};
+
+#[test]
+fn a_run_measures_every_cell_and_writes_record_and_report() {
+    let workspace = Workspace::new();
+    let run = workspace.quick("candle-cpu,burn-flex").assert().success();
+    run.stdout(predicate::str::contains("candle-cpu").and(predicate::str::contains("report.md")));
+
+    let records = workspace.records();
+    let of = |engine: &str, kind: &str| -> CellRecord {
+        let mut found = records.iter().filter(|r| r.engine == engine && r.parameters.kind() == kind);
+        found.next().unwrap_or_else(|| panic!("no {kind} cell of {engine}")).clone()
+    };
+    for engine in ["candle-cpu", "burn-flex"] {
+        for kind in ["load", "train", "infer"] {
+            let record = of(engine, kind);
+            assert_eq!(record.outcome, Outcome::Ok, "{:?}", record.error);
+            assert!(record.peak_memory_bytes.unwrap() > 1_000_000, "{kind}");
+            assert!(record.framework_version.is_some() && record.device.is_some());
+            assert!(!record.environment.cpu.is_empty());
+        }
+        let load = of(engine, "load");
+        assert_eq!((load.tokens_per_second, load.examples_per_second), (None, None));
+        assert!(load.samples.load.unwrap().times.total_seconds > 0.0);
+
+        let train = of(engine, "train");
+        let Scenario::Train(parameters) = &train.parameters else { panic!("{:?}", train.parameters) };
+        assert_eq!(train.samples.train.len(), parameters.total_steps());
+        assert!(train.tokens_per_second.unwrap() > 0.0 && train.examples_per_second.unwrap() > 0.0);
+        assert!(train.samples.probes.iter().any(|p| p.name == "lora_all_projections" && p.passed));
+
+        let infer = of(engine, "infer");
+        assert!(infer.samples.decode.iter().all(|d| d.seconds.len() == 8));
+    }
+    // Same batches, same initial adapter, same dropout masks: the first losses agree.
+    let first_loss = |engine| of(engine, "train").samples.train[0].loss;
+    let (a, b) = (first_loss("candle-cpu"), first_loss("burn-flex"));
+    assert!((a - b).abs() / a < 1e-4, "{a} {b}");
+
+    let run = workspace.runs().pop().unwrap();
+    let report = fs::read_to_string(run.join("report.md")).unwrap();
+    assert!(report.contains("candle-cpu") && report.contains("16 GB"));
+    assert!(workspace.results().join("REPORT.md").exists());
+}
+
+#[test]
+fn sharded_and_untied_checkpoints_run_too() {
+    let workspace = Workspace::new();
+    fs::remove_dir_all(workspace.model()).unwrap();
+    micro_model_with(&workspace.model(), 60_000, false);
+    workspace.quick("candle-cpu,burn-flex").assert().success();
+    assert!(workspace.records().iter().all(|r| r.outcome == Outcome::Ok));
+}
+
+#[test]
+fn a_folder_without_a_tokenizer_is_measured_with_random_tokens() {
+    let workspace = Workspace::new();
+    fs::remove_file(workspace.model().join("tokenizer.json")).unwrap();
+    workspace.quick("candle-cpu").assert().success();
+    assert!(workspace.records().iter().any(|r| r.examples_per_second.is_some()));
+}
+
+#[test]
+fn json_is_the_record_on_standard_output() {
+    let workspace = Workspace::new();
+    let output = workspace.quick("candle-cpu").args(["--scenario", "load", "--json"]).output().unwrap();
+    assert!(output.status.success());
+    let records: Vec<CellRecord> = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(records.len(), 1);
+    assert_eq!(records[0].scenario, "load");
+}
+
+#[test]
+fn a_named_engine_that_cannot_run_fails_the_run_and_the_others_go_on() {
+    let workspace = Workspace::new();
+    let run = workspace.quick("candle-metal,candle-cpu").args(["--scenario", "load"]).assert().code(1);
+    run.stderr(predicate::str::contains("candle-metal"));
+    let outcomes: Vec<_> = workspace.records().into_iter().map(|r| (r.engine, r.outcome)).collect();
+    assert!(outcomes.contains(&("candle-metal".into(), Outcome::Unavailable)), "{outcomes:?}");
+    assert!(outcomes.contains(&("candle-cpu".into(), Outcome::Ok)), "{outcomes:?}");
+}
+
+#[test]
+fn engines_lists_all_and_says_what_is_missing() {
+    let workspace = Workspace::new();
+    let output = workspace.evalfw().args(["engines", "--json"]).output().unwrap();
+    let rows: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let row = |name: &str| rows.as_array().unwrap().iter().find(|r| r["engine"] == name).unwrap().clone();
+    assert_eq!(row("candle-cpu")["available"], true);
+    assert_eq!(row("burn-flex")["available"], true);
+    let metal = row("candle-metal");
+    if metal["available"] == false {
+        assert!(!metal["unavailable"]["advice"].as_str().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn without_a_vulkan_driver_burn_wgpu_is_unavailable_with_advice() {
+    let workspace = Workspace::new();
+    let mut run = workspace.quick("candle-cpu,burn-wgpu");
+    run.args(["--scenario", "load"]).env("VK_DRIVER_FILES", "/nowhere").env("VK_ICD_FILENAMES", "/nowhere");
+    run.assert().code(1).stderr(predicate::str::contains("burn-wgpu"));
+    let records = workspace.records();
+    let wgpu = records.iter().find(|r| r.engine == "burn-wgpu").unwrap();
+    assert_eq!(wgpu.outcome, Outcome::Unavailable, "{:?}", wgpu.error);
+    assert!(wgpu.error.as_ref().unwrap().advice.is_some());
+}
+
+/// A suite whose training takes minutes, so that there is time to interfere.
+#[cfg(unix)]
+fn start_long_run(workspace: &Workspace) -> Child {
+    let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+    let scenarios = workspace.path("long");
+    fs::create_dir_all(scenarios.join("suites")).unwrap();
+    for name in ["load.toml", "train.toml", "infer.toml", "suites/quick.toml"] {
+        fs::copy(source.join(name), scenarios.join(name)).unwrap();
+    }
+    let quick = scenarios.join("suites/quick.toml");
+    let text = fs::read_to_string(&quick).unwrap();
+    fs::write(&quick, text.replace("steps = 2", "steps = 20000")).unwrap();
+    Command::new(assert_cmd::cargo::cargo_bin("evalfw"))
+        .current_dir(workspace.path("."))
+        .args(["run", "--suite", "quick", "--engine", "candle-cpu", "--scenarios", "long", "--model"])
+        .arg(workspace.model())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// The worker that trains: the run's log of it exists and the process is there.
+#[cfg(target_os = "linux")]
+fn training_worker(harness: &Child, workspace: &Workspace) -> i32 {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let in_training = workspace.runs().iter().any(|run| {
+            let logs =
+                fs::read_dir(run.join("logs")).map(|l| l.flatten().collect::<Vec<_>>()).unwrap_or_default();
+            logs.iter().any(|l| l.file_name().to_string_lossy().contains("train"))
+        });
+        let id = harness.id();
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        if let (true, Some(pid)) = (in_training, children.split_whitespace().next()) {
+            return pid.parse().unwrap();
+        }
+        assert!(Instant::now() < deadline, "no worker came to training within 60 s");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn signal(pid: i32, signal: rustix::process::Signal) {
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal).unwrap();
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_killed_worker_is_a_crashed_row_and_the_run_goes_on() {
+    let workspace = Workspace::new();
+    let mut harness = start_long_run(&workspace);
+    signal(training_worker(&harness, &workspace), rustix::process::Signal::KILL);
+    assert_eq!(harness.wait().unwrap().code(), Some(1));
+    let records = workspace.records();
+    let train = records.iter().find(|r| r.parameters.kind() == "train").unwrap();
+    assert_eq!(train.outcome, Outcome::Crashed);
+    let error = train.error.as_ref().unwrap();
+    assert!(error.message.contains("signal: 9") && !error.during.is_empty(), "{error:?}");
+    assert_eq!((train.tokens_per_second, train.examples_per_second), (None, None));
+    let infer = records.iter().find(|r| r.parameters.kind() == "infer").unwrap();
+    assert_eq!(infer.outcome, Outcome::Ok);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_interrupted_run_leaves_no_worker_and_can_be_resumed() {
+    let workspace = Workspace::new();
+    let mut harness = start_long_run(&workspace);
+    let worker = training_worker(&harness, &workspace);
+    signal(harness.id() as i32, rustix::process::Signal::INT);
+    assert_eq!(harness.wait().unwrap().code(), Some(130));
+    assert!(!fs::exists(format!("/proc/{worker}")).unwrap(), "the worker is still there");
+
+    let run = workspace.runs().pop().unwrap();
+    let settings = run.join("run.json");
+    let text = fs::read_to_string(&settings).unwrap();
+    fs::write(&settings, text.replace("\"steps\": 20000", "\"steps\": 2")).unwrap();
+    // As if power had failed in the middle of a row.
+    let cells = run.join("cells.jsonl");
+    let before = fs::read_to_string(&cells).unwrap();
+    assert_eq!(before.lines().count(), 1, "only the load cell had ended");
+    fs::write(&cells, format!("{before}{{\"schema\":1,\"cell\":\"cut")).unwrap();
+
+    workspace.evalfw().args(["run", "--resume"]).arg(&run).assert().success();
+    let after = fs::read_to_string(&cells).unwrap();
+    assert!(after.starts_with(&before), "the finished cell was kept");
+    let outcomes: Vec<_> = workspace.records().iter().map(|r| (r.parameters.kind(), r.outcome)).collect();
+    assert_eq!(outcomes, [("load", Outcome::Ok), ("train", Outcome::Ok), ("infer", Outcome::Ok)]);
+}

@@ -1,0 +1,73 @@
+//! Models small enough to run in a blink, and the built binary.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+use assert_cmd::Command;
+use evalfw::model::Preset;
+use evalfw::model::synth::{self, SynthOptions};
+use evalfw::record::CellRecord;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// A Hugging Face folder with a vocabulary of 300 and two layers.
+pub fn micro_model(dir: &Path) {
+    micro_model_with(dir, SynthOptions::default().max_shard_bytes, true);
+}
+
+pub fn micro_model_with(dir: &Path, max_shard_bytes: u64, tied: bool) {
+    let mut preset = Preset::parse("tiny").unwrap();
+    preset.name = "micro".into();
+    preset.config.vocab_size = 300;
+    preset.config.tie_word_embeddings = tied;
+    synth::write(&preset, dir, &SynthOptions { seed: 1, max_shard_bytes }, &mut |_, _| ()).unwrap();
+}
+
+/// A folder to work in, with a model and a place for results.
+pub struct Workspace {
+    root: TempDir,
+}
+
+impl Workspace {
+    pub fn new() -> Self {
+        let workspace = Self { root: tempfile::tempdir().unwrap() };
+        micro_model(&workspace.model());
+        workspace
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    pub fn model(&self) -> PathBuf {
+        self.path("micro")
+    }
+
+    pub fn results(&self) -> PathBuf {
+        self.path("results")
+    }
+
+    /// The binary, in the workspace, with a cache of its own.
+    pub fn evalfw(&self) -> Command {
+        let mut command = Command::cargo_bin("evalfw").unwrap();
+        command.current_dir(self.root.path()).env("EVALFW_CACHE", self.path("cache"));
+        command
+    }
+
+    /// `evalfw run --suite quick` on the workspace's model.
+    pub fn quick(&self, engines: &str) -> Command {
+        let mut command = self.evalfw();
+        command.args(["run", "--suite", "quick", "--engine", engines, "--model"]).arg(self.model());
+        command
+    }
+
+    /// The run folders, oldest first.
+    pub fn runs(&self) -> Vec<PathBuf> {
+        let Ok(entries) = std::fs::read_dir(self.results()) else { return Vec::new() };
+        let mut runs: Vec<_> = entries.map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
+        runs.sort();
+        runs
+    }
+
+    pub fn records(&self) -> Vec<CellRecord> {
+        evalfw::record::read(self.runs().last().expect("no run folder")).unwrap()
+    }
+}
