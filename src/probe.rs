@@ -11,9 +11,10 @@ use std::time::Duration;
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "snake_case")]
 pub enum Availability {
+    #[serde(rename = "info")]
     Available(EngineInfo),
+    #[serde(rename = "problem")]
     Unavailable(Reason),
 }
 

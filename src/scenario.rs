@@ -395,7 +395,10 @@ mod tests {
 
         let in_cell = library(&[("suites/quick.toml", "repetitions", "epochs = 3\nrepetitions")]);
         let message = error(&in_cell, "quick");
-        assert!(message.contains("quick.toml: cells[0]") && message.contains("epochs"), "{message}");
+        assert!(
+            message.contains("quick.toml") && message.contains("cells[0]") && message.contains("epochs"),
+            "{message}"
+        );
 
         let in_suite = library(&[("suites/quick.toml", "seed", "sead")]);
         let message = error(&in_suite, "quick");

@@ -78,9 +78,10 @@ fn a_kill_from_outside_is_a_crash_and_not_out_of_memory() {
 }
 
 #[test]
-fn a_reply_cut_short_is_a_protocol_failure() {
-    let failure = failure(r#"printf '{"id":1,"resu'"#);
-    assert_eq!(failure.outcome(), Outcome::Failed);
+fn a_death_in_the_middle_of_a_reply_is_a_crash() {
+    let failure = failure(r#"read line; printf '{"id":1,"resu'; exit 9"#);
+    assert_eq!(failure.outcome(), Outcome::Crashed);
+    assert!(failure.to_string().contains('9'), "{failure}");
 }
 
 #[test]

@@ -86,6 +86,8 @@ impl Client {
                 return Err(Failure::Interrupted);
             }
             match self.process.lines().recv_timeout(POLL) {
+                // Without its end the line was cut off by the worker's own end.
+                Ok(Line::Text(line)) if !line.ends_with('\n') => return Err(self.death()),
                 Ok(Line::Text(line)) => {
                     return serde_json::from_str(&line).map_err(|e| {
                         let shown: String = line.trim_end().chars().take(200).collect();

@@ -8,7 +8,7 @@ use evalfw::record::CellRecord;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// A Hugging Face folder with a vocabulary of 300 and two layers.
+/// A Hugging Face folder with two layers, and a vocabulary in which an example fits into a short row.
 pub fn micro_model(dir: &Path) {
     micro_model_with(dir, SynthOptions::default().max_shard_bytes, true);
 }
@@ -16,7 +16,7 @@ pub fn micro_model(dir: &Path) {
 pub fn micro_model_with(dir: &Path, max_shard_bytes: u64, tied: bool) {
     let mut preset = Preset::parse("tiny").unwrap();
     preset.name = "micro".into();
-    preset.config.vocab_size = 300;
+    preset.config.vocab_size = 4096;
     preset.config.tie_word_embeddings = tied;
     synth::write(&preset, dir, &SynthOptions { seed: 1, max_shard_bytes }, &mut |_, _| ()).unwrap();
 }
