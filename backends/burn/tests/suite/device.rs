@@ -42,7 +42,11 @@ fn wgpu_without_a_driver_is_unavailable() {
     }
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "device::wgpu_without_a_driver_is_unavailable"])
-        .envs([(INSIDE, "1"), ("VK_DRIVER_FILES", "/nonexistent.json"), ("VK_ICD_FILENAMES", "/nonexistent.json")])
+        .envs([
+            (INSIDE, "1"),
+            ("VK_DRIVER_FILES", "/nonexistent.json"),
+            ("VK_ICD_FILENAMES", "/nonexistent.json"),
+        ])
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);

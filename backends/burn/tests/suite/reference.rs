@@ -73,7 +73,8 @@ impl Reference<'_> {
             }
             add(&mut x, &project(Target::Down, &inner));
         }
-        let head = if self.config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let head =
+            if self.config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
         multiply(&self.norm(&x, "model.norm.weight"), &self.tensors[head])
     }
 
