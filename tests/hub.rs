@@ -217,6 +217,17 @@ fn a_file_that_was_complete_but_not_yet_in_place_is_not_transferred_again() {
 }
 
 #[test]
+fn a_blob_that_was_deleted_from_the_cache_is_transferred_again() {
+    let files = repository(u64::MAX);
+    let hub = hub_with(files.clone());
+    let machine = Machine::new();
+    let resolved = machine.resolve(ID, &hub).0.unwrap();
+    machine.blobs().into_iter().for_each(|blob| fs::remove_file(blob).unwrap());
+    machine.resolve(ID, &hub).0.unwrap();
+    assert_same_files(&resolved.dir, &files, &[WEIGHTS, "config.json", "tokenizer.json"]);
+}
+
+#[test]
 fn a_new_commit_costs_only_what_it_changed() {
     let files = repository(u64::MAX);
     let hub = hub_with(files.clone());

@@ -165,29 +165,26 @@ fn describe(
 
 /// The error for a status that is none of success.
 fn refusal(status: u16, url: &str, id: &str, settings: &HubSettings) -> Option<Error> {
-    let has_token = settings.token.is_some();
-    let (problem, advice) = match status {
-        200..=299 => return None,
+    let page = format!("{}/{id}", settings.endpoint);
+    let (problem, advice) = match (status, &settings.token) {
+        (200..=299, _) => return None,
         // The hub does not tell a stranger whether a repository exists.
-        401 | 404 if !has_token => (
-            format!("the hub has no public model {id}"),
-            "check the name; for a private or gated model set HF_TOKEN".to_owned(),
+        (401 | 404, None) => (
+            format!("the hub shows {id} to no one without a token"),
+            format!(
+                "check the name; if it is private or gated, accept its licence at {page} and set HF_TOKEN"
+            ),
         ),
-        404 => (format!("the hub has no model {id}"), "check the name".to_owned()),
-        401 => ("the hub does not accept the token".to_owned(), "check HF_TOKEN".to_owned()),
-        403 => (
+        (404, _) => (format!("the hub has no model {id}"), "check the name".to_owned()),
+        (401, _) => ("the hub does not accept the token".to_owned(), "check HF_TOKEN".to_owned()),
+        (403, _) => (
             format!("the hub does not let this account read {id}"),
-            format!("accept its licence at {}/{id}, and set HF_TOKEN", settings.endpoint),
+            format!("accept its licence at {page}, and set HF_TOKEN"),
         ),
-        429 => ("too many requests".to_owned(), "try again later, or set HF_TOKEN".to_owned()),
-        _ => (format!("the hub is out of order: HTTP status {status}"), "try again later".to_owned()),
+        (429, _) => ("too many requests".to_owned(), "try again later, or set HF_TOKEN".to_owned()),
+        _ => ("the hub is out of order".to_owned(), "try again later".to_owned()),
     };
-    let problem = if status == 401 || status == 403 || status == 404 {
-        format!("{problem} (HTTP status {status})")
-    } else {
-        problem
-    };
-    Some(hub_error(url, problem, &advice))
+    Some(hub_error(url, format!("{problem} (HTTP status {status})"), &advice))
 }
 
 /// The snapshot that the branch pointed to when it was last downloaded, if all its files are there.
@@ -278,15 +275,14 @@ impl Download<'_> {
     fn file(&self, file: &str, notify: &mut dyn FnMut(&str)) -> Result<()> {
         let url = self.remote.url(file);
         let mut pause = self.settings.pause;
-        for attempt in 1.. {
-            match self.attempt(file, &url) {
-                Ok(()) => break,
-                Err(problem) if attempt >= self.settings.attempts => {
-                    let advice = format!("run again to continue where it stopped; {CHECK_ENDPOINT}");
-                    return Err(hub_error(&url, problem, &advice));
-                }
-                Err(problem) => notify(&format!("{url}: {problem}; trying again")),
+        let mut left = self.settings.attempts;
+        while let Err(problem) = self.attempt(file, &url) {
+            left = left.saturating_sub(1);
+            if left == 0 {
+                let advice = format!("run again to continue where it stopped; {CHECK_ENDPOINT}");
+                return Err(hub_error(&url, problem, &advice));
             }
+            notify(&format!("{url}: {problem}; trying again"));
             std::thread::sleep(pause);
             pause *= 2;
         }
@@ -297,6 +293,10 @@ impl Download<'_> {
         let place = self.dir.join(file);
         if place.exists() {
             return Ok(());
+        }
+        if place.is_symlink() {
+            // It leads to a blob that someone has deleted.
+            fs::remove_file(&place)?;
         }
         let metadata = self.api.metadata(url)?;
         let blob = self.local.blob_path(metadata.etag());

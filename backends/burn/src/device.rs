@@ -110,3 +110,13 @@ fn adapter_info(setup: &WgpuSetup) -> DeviceInfo {
         memory_bytes: None,
     }
 }
+
+/// Flex, and wgpu where this machine has an adapter.
+#[cfg(test)]
+pub fn all_for_tests() -> Vec<OpenDevice> {
+    let wgpu = match OpenDevice::open(BurnDevice::Wgpu) {
+        Err(Error::Unavailable { .. }) => None,
+        opened => Some(opened.unwrap()),
+    };
+    [flex()].into_iter().chain(wgpu).collect()
+}

@@ -4,9 +4,8 @@
 //! that the logits of all positions never exist together. Its gradient is written by hand:
 //! `(softmax − onehot) · W`.
 
-use crate::BurnDevice;
 use crate::device::OpenDevice;
-use crate::frozen::FrozenMatrix;
+use crate::frozen::{FrozenMatrix, rows_at_a_time};
 use crate::guard::read;
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use evalfw_engine::Result;
@@ -19,7 +18,8 @@ const LOGITS: usize = 32 * 1024 * 1024;
 
 pub struct Head {
     shards: Vec<Shard>,
-    vocab_size: usize,
+    /// Hidden rows whose logits may exist together.
+    rows_at_a_time: usize,
     device: Device,
 }
 
@@ -31,12 +31,21 @@ struct Shard {
 impl Head {
     pub fn new(table: &Arc<DenseTensor>, device: &OpenDevice) -> Self {
         let [vocab_size, hidden] = table.shape;
-        let rows = shard_rows(hidden, device);
-        let shards = (0..vocab_size).step_by(rows).map(|first| {
-            let tokens = first..vocab_size.min(first + rows);
+        Self::in_shards(table, device, rows_at_a_time(hidden, device), (LOGITS / vocab_size).max(1))
+    }
+
+    fn in_shards(
+        table: &Arc<DenseTensor>,
+        device: &OpenDevice,
+        shard_rows: usize,
+        rows_at_a_time: usize,
+    ) -> Self {
+        let vocab_size = table.shape[0];
+        let shards = (0..vocab_size).step_by(shard_rows).map(|first| {
+            let tokens = first..vocab_size.min(first + shard_rows);
             Shard { weight: FrozenMatrix::rows_of(table, tokens.clone(), device), tokens }
         });
-        Self { shards: shards.collect(), vocab_size, device: device.device.clone() }
+        Self { shards: shards.collect(), rows_at_a_time, device: device.device.clone() }
     }
 
     /// The logits of `hidden` `[n, hidden]`, row-major `[n, vocab_size]`.
@@ -96,9 +105,8 @@ impl Head {
         self.shards.iter().map(|shard| shard.weight.matmul(hidden.clone())).collect()
     }
 
-    /// Hidden rows whose logits may exist together.
     fn chunks(&self, targets: &[u32]) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (count, step) = (targets.len(), (LOGITS / self.vocab_size).max(1));
+        let (count, step) = (targets.len(), self.rows_at_a_time);
         (0..count).step_by(step).map(move |first| first..count.min(first + step))
     }
 }
@@ -122,15 +130,65 @@ impl Shard {
     }
 }
 
-/// Vocabulary rows of one shard: its f32 values fit into one buffer, and on the CPU into the cache.
-fn shard_rows(hidden: usize, device: &OpenDevice) -> usize {
-    let bytes = match device.kind {
-        BurnDevice::Flex => 8 << 20,
-        BurnDevice::Wgpu => device.max_buffer_bytes.min(64 << 20),
-    };
-    (bytes as usize / size_of::<f32>() / hidden).max(1)
-}
-
 fn take(hidden: &Tensor<2>, rows: &Range<usize>) -> Tensor<2> {
     hidden.clone().narrow(0, rows.start, rows.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::all_for_tests;
+    use evalfw_engine::weights::DenseData;
+    use half::bf16;
+
+    /// Targets stand in the first shard, in the last, and at a boundary.
+    #[test]
+    fn shards_and_chunks_give_the_loss_and_gradient_of_the_whole() {
+        let shape @ [vocab_size, width] = [150, 44];
+        let values: Vec<_> =
+            (0..vocab_size * width).map(|i| bf16::from_f32((i as f32 * 0.37).sin() * 0.5)).collect();
+        let hidden: Vec<f32> = (0..3 * width).map(|i| (i as f32 * 0.11).cos()).collect();
+        let targets = [0, 63, 149];
+        let (losses, gradient) = by_definition(&values, &hidden, &targets, shape);
+        let table = Arc::new(DenseTensor { shape, data: DenseData::Bf16(values) });
+        for device in all_for_tests() {
+            let head = Head::in_shards(&table, &device, 64, 2);
+            assert_eq!(head.shards.len(), 3);
+            let hidden = || Tensor::from_data(TensorData::new(hidden.clone(), [3, width]), &device.device);
+            let (with_gradient, found) = head.loss_and_gradient(hidden(), &targets, 7);
+            for found in [with_gradient, head.loss(hidden(), &targets)] {
+                for (found, expected) in read(found).unwrap().into_iter().zip(&losses) {
+                    assert!((f64::from(found) - expected).abs() < 1e-4, "{found} {expected}");
+                }
+            }
+            for (found, expected) in read(found).unwrap().into_iter().zip(&gradient) {
+                assert!((f64::from(found) - expected / 7.0).abs() < 1e-6, "{found} {expected}");
+            }
+        }
+    }
+
+    fn by_definition(
+        weight: &[bf16],
+        hidden: &[f32],
+        targets: &[u32],
+        [vocab_size, width]: [usize; 2],
+    ) -> (Vec<f64>, Vec<f64>) {
+        let (mut losses, mut gradient) = (Vec::new(), Vec::new());
+        for (hidden, &target) in hidden.chunks(width).zip(targets) {
+            let rows = || weight.chunks(width);
+            let dot = |row: &[bf16]| row.iter().zip(hidden).map(|(w, &h)| w.to_f64() * f64::from(h)).sum();
+            let logits: Vec<f64> = rows().map(dot).collect();
+            assert_eq!(logits.len(), vocab_size);
+            let largest = logits.iter().copied().fold(f64::MIN, f64::max);
+            let sum: f64 = logits.iter().map(|l| (l - largest).exp()).sum();
+            losses.push(sum.ln() + largest - logits[target as usize]);
+            let mut total = vec![0.0; width];
+            for (token, (row, logit)) in rows().zip(&logits).enumerate() {
+                let error = (logit - largest).exp() / sum - f64::from(u8::from(token == target as usize));
+                total.iter_mut().zip(row).for_each(|(t, w)| *t += error * w.to_f64());
+            }
+            gradient.extend(total);
+        }
+        (losses, gradient)
+    }
 }

@@ -3,14 +3,14 @@
 //!
 //! | module | idea |
 //! |---|---|
-//! | [`device`] | opens a device and says what it is |
-//! | [`packed`] | frozen matrices in few bits, decoded for one product at a time: burn's extension mechanism |
-//! | [`frozen`] | a frozen matrix, dense or packed; the rest of the engine knows no difference |
-//! | [`lora`], [`dropout`] | the trainable factors, and the masks on their input |
-//! | [`attention`], [`block`], [`norm`], [`rope`], [`network`] | Qwen2 |
-//! | [`embedding`], [`head`] | both ends of it, with the chunked loss |
-//! | [`training`], [`optimizer`] | one step: gradients by block, AdamW |
-//! | [`model`] | the contract, on top of all of these |
+//! | `device` | opens a device and says what it is |
+//! | `packed` | frozen matrices in few bits, decoded for one product at a time: burn's extension mechanism |
+//! | `frozen` | a frozen matrix, dense or packed; the rest of the engine knows no difference |
+//! | `lora`, `dropout` | the trainable factors, and the masks on their input |
+//! | `attention`, `block`, `norm`, `rope`, `network` | Qwen2 |
+//! | `embedding`, `head` | both ends of it, with the chunked loss |
+//! | `training`, `optimizer` | one step: gradients by block, AdamW |
+//! | `model` | the contract, on top of all of these |
 
 mod attention;
 mod block;

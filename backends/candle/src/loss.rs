@@ -7,8 +7,9 @@ use crate::values::CpuValues;
 use candle_core::{D, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
-/// Bytes of the logits that exist at a time.
-const LOGIT_BYTES: usize = 64 << 20;
+/// Bytes of the logits that exist at a time: 220 rows of Qwen's vocabulary. Fewer rows would save memory,
+/// but the head is widened and packed again for each chunk.
+const LOGIT_BYTES: usize = 128 << 20;
 
 pub struct CrossEntropy<'a> {
     /// `[vocab_size, hidden_size]`
@@ -59,7 +60,9 @@ impl<'a> CrossEntropy<'a> {
         if let Some(target) = targets.iter().find(|&&target| target as usize >= vocab_size) {
             bail!("target {target} is not below the vocabulary of {vocab_size}");
         }
-        let rows = self.rows_at_a_time;
+        // Chunks of about the same size, as a short one would not be worth its price.
+        let chunks = targets.len().div_ceil(self.rows_at_a_time).max(1);
+        let rows = targets.len().div_ceil(chunks).max(1);
         let cut =
             |(i, targets): (usize, &'t [u32])| Ok((hidden.narrow(0, i * rows, targets.len())?, targets));
         targets.chunks(rows).enumerate().map(cut).collect()

@@ -11,6 +11,7 @@ use evalfw_engine::lora::{LoraConfig, Target};
 use evalfw_engine::protocol::TrainingConfig;
 use evalfw_engine::{StepInput, StepResult};
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 
 /// What training needs beside the network.
 pub struct Trainer {
@@ -104,13 +105,13 @@ impl MicroBatch<'_> {
         let last = Var::from_tensor(&x)?;
         drop(x);
         let Some((loss, surrogate)) = self.loss(&last)? else { return Ok(0.0) };
-        let mut of_output = take(&mut surrogate.backward()?, &last)?;
+        let mut of_output = take(&mut surrogate.backward()?, &last, "the hidden states")?;
         drop(surrogate);
         for (block, input) in network.blocks.iter().zip(inputs).rev() {
             let input = Var::from_tensor(&input)?;
             let out = block.forward(&input, &traced, None)?;
             let mut store = (out * of_output)?.sum_all()?.backward()?;
-            of_output = take(&mut store, &input)?;
+            of_output = take(&mut store, &input, "the input of a block")?;
             for projection in &block.projections {
                 let Some(lora) = &projection.lora else { continue };
                 gradients.add((projection.layer, projection.target), lora, &mut store)?;
@@ -152,10 +153,10 @@ impl MicroBatch<'_> {
 
 /// A gradient that has to be there: candle leaves one out, without an error, where an operation has no
 /// backward.
-fn take(store: &mut GradStore, var: &Tensor) -> Result<Tensor> {
+fn take(store: &mut GradStore, var: &Tensor, what: impl Debug) -> Result<Tensor> {
     match store.remove(var) {
         Some(gradient) => Ok(gradient.detach()),
-        None => bail!("backward gave no gradient"),
+        None => bail!("backward gave no gradient for {what:?}"),
     }
 }
 
@@ -176,8 +177,8 @@ impl Gradients {
 
     fn add(&mut self, place: (usize, Target), lora: &Lora, store: &mut GradStore) -> Result<()> {
         let Some(sum) = self.0.get_mut(&place) else { bail!("no adapter at {place:?}") };
-        sum.a = (&sum.a + take(store, &lora.a)?)?;
-        sum.b = (&sum.b + take(store, &lora.b)?)?;
+        sum.a = (&sum.a + take(store, &lora.a, place)?)?;
+        sum.b = (&sum.b + take(store, &lora.b, place)?)?;
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 //! folder tells the two apart.
 
 mod configs;
+mod marker;
 mod shards;
 mod staging;
 mod tokenizer;
@@ -14,7 +15,7 @@ mod weights;
 
 use super::presets::Preset;
 use super::{Error, Result};
-use serde::{Deserialize, Serialize};
+pub use marker::Marker;
 use shards::{Shard, Tensor};
 use staging::Staging;
 use std::collections::BTreeMap;
@@ -25,9 +26,6 @@ use weights::{Distribution, TensorSource};
 
 /// The text that tokenizers are trained on: the project's own instruction data.
 const CORPUS: &str = include_str!("../../../data/train.jsonl");
-/// To be raised whenever the same name and seed would give other bytes.
-const GENERATOR_VERSION: u32 = 1;
-const MARKER_FILE: &str = "evalfw_synthetic.json";
 const CONFIG_FILE: &str = "config.json";
 /// Elements drawn before they are written: 16 MiB, the only part of the weights in memory.
 const BUFFER_ELEMENTS: u64 = 256 * TensorSource::ALIGNMENT;
@@ -73,7 +71,7 @@ pub fn write(
         let problem = format!("vocab_size is {vocab_size}, but the tokenizer needs {least}");
         return Err(Error::Preset { name: preset.name.clone(), problem });
     }
-    let mut marker = Marker::new(preset, options);
+    let marker = Marker::new(preset, options);
     if marker.describes(dir, preset)? {
         return Ok(Outcome::AlreadyThere);
     }
@@ -105,8 +103,7 @@ pub fn write(
         });
         files.insert(shard.file, bytes.map_err(Error::io(&path))?);
     }
-    marker.files = files;
-    marker.write(staging.path())?;
+    marker.write(staging.path(), files)?;
     staging.commit()?;
     Ok(Outcome::Written)
 }
@@ -181,65 +178,6 @@ fn require_space(dir: &Path, needed: u64) -> Result<()> {
             Err(Error::DiskFull { path: dir.to_owned(), needed_gb, free_gb })
         }
         _ => Ok(()),
-    }
-}
-
-/// `evalfw_synthetic.json`: says that the weights of a checkpoint are random, and which they are.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Marker {
-    /// For people who find the file.
-    note: String,
-    generator_version: u32,
-    pub name: String,
-    pub seed: u64,
-    max_shard_bytes: u64,
-    /// FNV-1a of the text that the tokenizer was trained on.
-    corpus: String,
-    /// The size of every other file.
-    files: BTreeMap<String, u64>,
-}
-
-impl Marker {
-    fn new(preset: &Preset, options: &SynthOptions) -> Self {
-        Self {
-            note: "Random weights, written by evalfw. Good for measuring speed and memory, not for text."
-                .to_owned(),
-            generator_version: GENERATOR_VERSION,
-            name: preset.name.clone(),
-            seed: options.seed,
-            max_shard_bytes: options.max_shard_bytes,
-            corpus: format!("{:016x}", fnv1a(CORPUS.as_bytes())),
-            files: BTreeMap::new(),
-        }
-    }
-
-    /// Reads the marker of `dir`; `None` where the weights are not evalfw's.
-    pub fn read(dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join(MARKER_FILE);
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                return Ok(None);
-            }
-            Err(error) => return Err(Error::io(&path)(error)),
-        };
-        serde_json::from_str(&text).map(Some).map_err(|e| Error::file(&path, e))
-    }
-
-    fn write(&self, dir: &Path) -> Result<()> {
-        let path = dir.join(MARKER_FILE);
-        let text = serde_json::to_string_pretty(self).map_err(|e| Error::file(&path, e))?;
-        fs::write(&path, text + "\n").map_err(Error::io(&path))
-    }
-
-    /// Whether `dir` holds the checkpoint that this marker (its list of files aside) stands for, whole.
-    fn describes(&self, dir: &Path, preset: &Preset) -> Result<bool> {
-        let Some(mut found) = Self::read(dir)? else { return Ok(false) };
-        let files = std::mem::take(&mut found.files);
-        let whole =
-            || files.iter().all(|(name, size)| fs::metadata(dir.join(name)).is_ok_and(|m| m.len() == *size));
-        let config = || fs::read_to_string(dir.join(CONFIG_FILE)).unwrap_or_default();
-        Ok(found == *self && config() == pretty(&configs::model_config(&preset.config)) && whole())
     }
 }
 
@@ -419,13 +357,5 @@ mod tests {
         assert_eq!(tokenizer.token_to_id("<|im_end|>"), Some(151_645));
         let marker = Marker::read(&dir).unwrap().unwrap();
         assert_eq!((marker.name.as_str(), marker.seed), ("tiny", 5));
-    }
-
-    #[test]
-    fn a_folder_from_elsewhere_has_no_marker() {
-        let root = tempfile::tempdir().unwrap();
-        assert_eq!(Marker::read(root.path()).unwrap(), None);
-        fs::write(root.path().join(MARKER_FILE), "{").unwrap();
-        assert!(Marker::read(root.path()).unwrap_err().to_string().contains(MARKER_FILE));
     }
 }

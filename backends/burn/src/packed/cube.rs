@@ -47,9 +47,6 @@ fn little_endian(bytes: &[u8]) -> Vec<u32> {
 }
 
 impl Decode for Cube {
-    /// 64 MiB: below the smallest limit on a buffer, and large enough to keep a GPU busy.
-    const PIECE: usize = 16 * 1024 * 1024;
-
     fn decode(weight: &Packed<Self>, rows: Range<usize>, device: &CubeDevice) -> FloatTensor<Self> {
         let Storage::Words { words, format } = &weight.storage else {
             unreachable!("wgpu stores its matrices on the device");

@@ -41,9 +41,6 @@ impl HostMatrix {
 }
 
 impl Decode for Flex {
-    /// 8 MiB: a product then reads from the cache what was decoded just before.
-    const PIECE: usize = 2 * 1024 * 1024;
-
     fn decode(weight: &Packed<Self>, rows: Range<usize>, _device: &FlexDevice) -> FloatTensor<Self> {
         let Storage::Host(matrix) = &weight.storage else {
             unreachable!("flex stores its matrices on the host");

@@ -26,7 +26,13 @@ pub struct Packed<B: Backend> {
     pub storage: Storage<B>,
     pub rows: Range<usize>,
     pub columns: usize,
+    /// Rows that are decoded at a time: bounds the memory of a product. A multiple of
+    /// [`ROW_ALIGNMENT`].
+    pub piece: usize,
 }
+
+/// Pieces begin at multiples of this many rows, so that they begin with a whole block of NF4.
+pub const ROW_ALIGNMENT: usize = evalfw_engine::nf4::BLOCK;
 
 /// Where the bits are. Cloning copies a reference.
 #[derive(Debug, Clone, ExtensionType)]
@@ -62,20 +68,14 @@ pub trait PackedOps: Backend {
 
 /// What a backend has to bring for the products by decoding.
 trait Decode: Backend {
-    /// Elements to decode at a time: bounds the memory of a product.
-    const PIECE: usize;
-
     /// The `rows` of the stored matrix as f32, `[rows, columns]`.
     fn decode(weight: &Packed<Self>, rows: Range<usize>, device: &Self::Device) -> FloatTensor<Self>;
 }
 
-/// Pieces begin at multiples of this many rows, so that they begin with a whole block of NF4.
-const ROW_ALIGNMENT: usize = evalfw_engine::nf4::BLOCK;
-
 fn pieces<B: Decode>(weight: &Packed<B>) -> impl Iterator<Item = Range<usize>> + use<B> {
-    let step = (B::PIECE / weight.columns / ROW_ALIGNMENT).max(1) * ROW_ALIGNMENT;
     let Range { start, end } = weight.rows.clone();
-    (start..end).step_by(step).map(move |first| first..end.min(first + step))
+    let piece = weight.piece;
+    (start..end).step_by(piece).map(move |first| first..end.min(first + piece))
 }
 
 fn matmul_by_decoding<B: Decode>(x: FloatTensor<B>, weight: &Packed<B>) -> FloatTensor<B> {
@@ -185,5 +185,5 @@ fn inner<B: Backend, C: CheckpointStrategy>(weight: Packed<Autodiff<B, C>>) -> P
         Storage::Host(matrix) => Storage::Host(matrix),
         Storage::Words { words, format } => Storage::Words { words, format },
     };
-    Packed { storage, rows: weight.rows, columns: weight.columns }
+    Packed { storage, rows: weight.rows, columns: weight.columns, piece: weight.piece }
 }
