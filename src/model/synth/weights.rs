@@ -35,7 +35,7 @@ impl Distribution {
     /// - A projection has N(0, 1/fan_in): an input of unit variance, which is what a norm hands it,
     ///   gives an output of unit variance.
     /// - `o_proj` and `down_proj` write to the residual stream, twice per layer. Divided by √(2·layers),
-    ///   they leave it with a variance near 1 at any depth.
+    ///   they keep its variance below about 1 at any depth.
     /// - Norm weights scatter around 1, and biases around 0, so that leaving one out is noticed.
     /// - Embeddings have the 0.02 of Qwen2's own `initializer_range`. As a tied head this keeps the
     ///   logits small, and the first loss near the logarithm of the vocabulary.
