@@ -166,25 +166,11 @@ struct Prepared {
 /// Probes the engines, finds or makes the models, checks all input, and plans the cells.
 fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<Prepared> {
     let suite = &settings.suite;
-    let mut specs: Vec<String> = Vec::new();
-    let mut model_index = |spec: &str| match specs.iter().position(|s| s == spec) {
-        Some(index) => index,
-        None => {
-            specs.push(spec.to_owned());
-            specs.len() - 1
-        }
-    };
-    let model = settings.model.as_deref().unwrap_or(&suite.model);
     let mut available = Vec::new();
     let mut missing = Vec::new();
     for engine in &settings.engines {
         match probe(engine, settings.threads) {
-            Availability::Available(info) => {
-                // Someone who names both a software adapter and a model means it.
-                let asked = settings.engines_named && settings.model.is_some();
-                let spec = if info.device.software && !asked { &suite.software_adapter_model } else { model };
-                available.push((engine.clone(), model_index(spec)));
-            }
+            Availability::Available(info) => available.push((engine, info.device.software)),
             Availability::Unavailable(reason) => {
                 progress.say(&format!("{engine} cannot run here: {}{}", reason.reason, advice(&reason)));
                 missing.push((engine.clone(), reason));
@@ -194,27 +180,73 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<P
     if available.is_empty() {
         bail!("none of the engines can run here; `evalfw engines` says what is missing");
     }
-    let missing_model = if missing.is_empty() { 0 } else { model_index(model) };
 
-    let scenarios: Vec<&Scenario> = suite.cells.iter().map(|c| &c.scenario).collect();
     let mut notify = |line: &str| progress.say(line);
-    let mut context = ModelContext::from_env(&mut notify)?;
-    let mut models = Vec::new();
-    let mut inputs = Vec::new();
-    for spec in &specs {
-        let resolved = ModelSource::resolve(spec, &mut context)?;
-        let prepared = ModelInputs::prepare(&resolved.name, &resolved.dir, data, &scenarios, suite.seed)?;
-        models.push(model_record(&resolved, &prepared));
-        inputs.push(prepared);
+    let mut models = Models::new(settings, data, &mut notify)?;
+    let mut engines = Vec::new();
+    for (engine, software) in available {
+        let model = if software { models.for_software_adapter()? } else { models.main()? };
+        engines.push((engine.clone(), model));
     }
     let mut unavailable = Vec::new();
     for (engine, reason) in missing {
-        let cells = interleaved(suite, &[(engine, missing_model)]);
-        let once = cells.into_iter().filter(|c| c.repetition == 0);
+        // Its rows stand beside those of the engines that ran.
+        let model = engines[0].1;
+        let once = interleaved(suite, &[(engine, model)]).into_iter().filter(|c| c.repetition == 0);
         unavailable.extend(once.map(|cell| (cell, reason.clone())));
     }
-    let context = RunContext { models, environment: Environment::detect() };
-    Ok(Prepared { context, cells: interleaved(suite, &available), unavailable, inputs })
+    let context = RunContext { models: models.records, environment: Environment::detect() };
+    Ok(Prepared { context, cells: interleaved(suite, &engines), unavailable, inputs: models.inputs })
+}
+
+/// The largest checkpoint that a software adapter runs when nobody asked for it by name.
+const SOFTWARE_ADAPTER_BYTES: u64 = 64_000_000;
+
+/// The models of a run, each found or made, checked and prepared when it is first needed.
+struct Models<'a> {
+    settings: &'a Settings,
+    data: &'a Dataset,
+    source: ModelContext<'a>,
+    specs: Vec<String>,
+    records: Vec<ModelRecord>,
+    inputs: Vec<ModelInputs>,
+}
+
+impl<'a> Models<'a> {
+    fn new(settings: &'a Settings, data: &'a Dataset, notify: &'a mut dyn FnMut(&str)) -> Result<Self> {
+        let source = ModelContext::from_env(notify)?;
+        Ok(Self { settings, data, source, specs: Vec::new(), records: Vec::new(), inputs: Vec::new() })
+    }
+
+    fn main(&mut self) -> Result<usize> {
+        self.get(self.settings.model.as_deref().unwrap_or(&self.settings.suite.model))
+    }
+
+    /// The model that was asked for if it is small, or if the engine was asked for too; else the
+    /// suite's small one.
+    fn for_software_adapter(&mut self) -> Result<usize> {
+        if self.settings.model.is_some() {
+            let model = self.main()?;
+            if self.settings.engines_named || self.inputs[model].checkpoint_bytes <= SOFTWARE_ADAPTER_BYTES {
+                return Ok(model);
+            }
+        }
+        self.get(&self.settings.suite.software_adapter_model)
+    }
+
+    fn get(&mut self, spec: &str) -> Result<usize> {
+        if let Some(index) = self.specs.iter().position(|s| s == spec) {
+            return Ok(index);
+        }
+        let suite = &self.settings.suite;
+        let scenarios: Vec<&Scenario> = suite.cells.iter().map(|c| &c.scenario).collect();
+        let resolved = ModelSource::resolve(spec, &mut self.source)?;
+        let inputs = ModelInputs::prepare(&resolved.name, &resolved.dir, self.data, &scenarios, suite.seed)?;
+        self.specs.push(spec.to_owned());
+        self.records.push(model_record(&resolved, &inputs));
+        self.inputs.push(inputs);
+        Ok(self.specs.len() - 1)
+    }
 }
 
 fn advice(reason: &Reason) -> String {

@@ -1,0 +1,129 @@
+//! The order and the bookkeeping of a run, with an executor that only pretends.
+
+use evalfw::measure::host::Environment;
+use evalfw::plan::{Cell, interleaved};
+use evalfw::record::{self, CellError, ModelRecord, Outcome, RunLog, Samples, TrainSample};
+use evalfw::run::cell::{Execution, Executor};
+use evalfw::run::progress::Progress;
+use evalfw::run::{RunContext, execute};
+use evalfw::scenario::{Library, Suite};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// Runs nothing; engines called `broken` fail. Checks that every earlier row is on disk already.
+struct Pretender<'a> {
+    folder: &'a Path,
+    executed: Vec<String>,
+}
+
+impl Executor for Pretender<'_> {
+    fn execute(&mut self, cell: &Cell, _: &Progress) -> Execution {
+        let on_disk = std::fs::read_to_string(self.folder.join("cells.jsonl")).unwrap().lines().count();
+        assert_eq!(on_disk, self.executed.len(), "a row was not written before the next cell began");
+        self.executed.push(cell.id("m"));
+        let sample = |warmup, seconds| TrainSample {
+            step: 0,
+            warmup,
+            seconds,
+            loss: 1.0,
+            grad_norm: 1.0,
+            examples: 2,
+            trained_tokens: 30,
+            real_tokens: 40,
+            slot_tokens: 50,
+        };
+        let failure = (cell.engine == "broken").then(|| {
+            let error =
+                CellError { during: "load".into(), message: "no".into(), advice: None, stderr_tail: vec![] };
+            (Outcome::Failed, error)
+        });
+        Execution {
+            info: None,
+            started_at: "2026-01-01T00:00:00Z".into(),
+            wall_seconds: 1.0,
+            samples: Samples { train: vec![sample(true, 100.0), sample(false, 4.0)], ..Samples::default() },
+            failure,
+        }
+    }
+}
+
+fn suite(repetitions: u32) -> Suite {
+    let mut suite = Library::built_in().suite("quick", Some(&["load".into(), "train".into()])).unwrap();
+    suite.cells.iter_mut().for_each(|c| c.repetitions = repetitions);
+    suite
+}
+
+fn context() -> RunContext {
+    let model = ModelRecord {
+        name: "m".into(),
+        parameters: 1,
+        checkpoint_bytes: 2,
+        synthetic: true,
+        origin: "test".into(),
+    };
+    RunContext { models: vec![model], environment: Environment::detect() }
+}
+
+fn run(folder: &Path, cells: &[Cell], done: &BTreeSet<String>) -> Vec<String> {
+    let mut log = RunLog::open(folder).unwrap();
+    let mut executor = Pretender { folder, executed: Vec::new() };
+    execute(&context(), cells, done, &mut executor, &mut log, &Progress::hidden()).unwrap();
+    executor.executed
+}
+
+#[test]
+fn cells_run_interleaved_and_a_failure_stops_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let cells = interleaved(&suite(2), &[("good".into(), 0), ("broken".into(), 0)]);
+    let executed = run(folder.path(), &cells, &BTreeSet::new());
+    assert_eq!(
+        executed,
+        [
+            "good/m/load/nf4/0",
+            "broken/m/load/nf4/0",
+            "good/m/train-s64-b1/nf4/0",
+            "broken/m/train-s64-b1/nf4/0",
+            "broken/m/load/nf4/1",
+            "good/m/load/nf4/1",
+            "broken/m/train-s64-b1/nf4/1",
+            "good/m/train-s64-b1/nf4/1",
+        ]
+    );
+    let records = record::read(folder.path()).unwrap();
+    assert_eq!(records.len(), 8);
+    for record in records {
+        match record.engine.as_str() {
+            // 40 real tokens and 2 examples in the 4 s of the step that counts.
+            "good" => {
+                assert_eq!((record.tokens_per_second, record.examples_per_second), (Some(10.0), Some(0.5)))
+            }
+            _ => assert_eq!((record.outcome, record.tokens_per_second), (Outcome::Failed, None)),
+        }
+    }
+}
+
+#[test]
+fn cells_that_are_done_are_not_run_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let cells = interleaved(&suite(1), &[("good".into(), 0)]);
+    let done = ["good/m/load/nf4/0".to_owned()].into();
+    assert_eq!(run(folder.path(), &cells, &done), ["good/m/train-s64-b1/nf4/0"]);
+}
+
+#[test]
+fn a_record_of_another_schema_or_with_a_broken_row_is_refused_by_line() {
+    let folder = tempfile::tempdir().unwrap();
+    run(folder.path(), &interleaved(&suite(1), &[("good".into(), 0)]), &BTreeSet::new());
+    let path = folder.path().join("cells.jsonl");
+    let good = std::fs::read_to_string(&path).unwrap();
+    let message = |text: String| {
+        std::fs::write(&path, text).unwrap();
+        format!("{:#}", record::read(folder.path()).unwrap_err())
+    };
+    let newer = message(good.replacen("\"schema\":1", "\"schema\":9", 1));
+    assert!(newer.contains("line 1") && newer.contains("schema 9"), "{newer}");
+    let broken = message(format!("{good}{{\"schema\":1}}\n"));
+    assert!(broken.contains("line 3") && broken.contains("cell"), "{broken}");
+    let empty = message(String::new());
+    assert!(empty.contains("no finished cell"), "{empty}");
+}
