@@ -157,13 +157,7 @@ impl Criterion {
             (None, None, None, Some(reason)) if !reason.trim().is_empty() => Source::NotMeasured { reason },
             _ => bail!("needs exactly one of metric with anchors, checks, and not_measured with a reason"),
         };
-        Ok(Self {
-            id: entry.id,
-            title: entry.title,
-            question: entry.question,
-            weight: entry.weight,
-            source,
-        })
+        Ok(Self { id: entry.id, title: entry.title, question: entry.question, weight: entry.weight, source })
     }
 }
 

@@ -72,7 +72,8 @@ impl TrainFigures {
     pub fn of(job: &Job) -> Option<Self> {
         let counted: Vec<&TrainSample> =
             job.ok().flat_map(|c| &c.samples.train).filter(|s| !s.warmup).collect();
-        let rate = |of: fn(&TrainSample) -> usize| Spread::of(counted.iter().map(|s| of(s) as f64 / s.seconds));
+        let rate =
+            |of: fn(&TrainSample) -> usize| Spread::of(counted.iter().map(|s| of(s) as f64 / s.seconds));
         let slots: usize = counted.iter().map(|s| s.slot_tokens).sum();
         let real: usize = counted.iter().map(|s| s.real_tokens).sum();
         Some(Self {
@@ -116,9 +117,13 @@ impl InferFigures {
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Footprint {
     /// The peak over the whole job.
-    Peak { bytes: u64 },
+    Peak {
+        bytes: u64,
+    },
     /// A GPU's own memory as its framework told at the end: the peak may have been higher.
-    AtLeast { bytes: u64 },
+    AtLeast {
+        bytes: u64,
+    },
     Unknown,
 }
 

@@ -72,7 +72,8 @@ fn over_target(jobs: &[&Job], target_bytes: u64) -> Option<KnockOut> {
     });
     let (bytes, cell) = peaks.max_by_key(|(bytes, _)| *bytes).filter(|(bytes, _)| *bytes > target_bytes)?;
     let gb = |bytes: u64| bytes as f64 / 1e9;
-    let detail = format!("{:.2} GB in {}, over {:.2} GB", gb(bytes), cell.scenario, gb(target_bytes));
+    let detail =
+        format!("{:.2} GB in {}, with a target of {} GB", gb(bytes), cell.scenario, gb(target_bytes));
     Some(knock_out(Rule::OverMemoryTarget, detail, &[cell]))
 }
 
@@ -93,9 +94,9 @@ fn none_ok(rule: Rule, cells: &[&CellRecord]) -> Option<KnockOut> {
     if cells.iter().any(|c| c.outcome == Outcome::Ok) {
         return None;
     }
-    Some(knock_out(rule, format!("{}: {}", outcomes(cells), explain(first)), cells))
+    Some(knock_out(rule, format!("{} ({})", explain(first), outcomes(cells)), cells))
 }
 
 fn explain(cell: &CellRecord) -> String {
-    cell.error.as_ref().map_or_else(|| "no error message".to_owned(), |e| e.message.clone())
+    cell.error.as_ref().map_or_else(|| "without an error message".to_owned(), |e| e.message.clone())
 }

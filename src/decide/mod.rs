@@ -31,6 +31,10 @@ impl Decision {
     pub fn headline(&self) -> Option<&Ranking> {
         self.rankings.first()
     }
+
+    pub fn is_software(&self, engine: &str) -> bool {
+        self.software_adapters.iter().any(|name| name == engine)
+    }
 }
 
 pub fn decide(cells: &[CellRecord], criteria: &Criteria) -> Decision {

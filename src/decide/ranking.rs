@@ -53,7 +53,9 @@ pub struct Dominated {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Winner {
-    Engine { engine: String },
+    Engine {
+        engine: String,
+    },
     Tie,
     NotMeasured,
     /// Measured, but not of every engine or not alike.
@@ -85,9 +87,7 @@ pub enum Verdict {
     /// No engine passed the knock-outs.
     NoCandidate,
     /// One passed: there is nothing to compare it with.
-    OnlyOne {
-        engine: String,
-    },
+    OnlyOne { engine: String },
     /// Its lowest possible total is above every other's highest.
     Winner {
         engine: String,
@@ -182,23 +182,20 @@ fn speed_ratios(jobs: &[Job], model: &ModelRecord, candidates: &[Candidate]) -> 
         real_tokens,
         times_the_slowest: real_tokens.median / slowest,
     };
-    Some(SpeedRatios {
-        scenario: scenario.to_owned(),
-        engines: speeds.into_iter().map(engine).collect(),
-    })
+    Some(SpeedRatios { scenario: scenario.to_owned(), engines: speeds.into_iter().map(engine).collect() })
 }
 
 /// What makes the cells of the candidates incomparable.
 fn obstacle(jobs: &[Job], candidates: &[Candidate]) -> Option<String> {
-    let jobs: Vec<&Job> =
-        jobs.iter().filter(|j| candidates.iter().any(|c| c.engine == j.engine)).collect();
+    let jobs: Vec<&Job> = jobs.iter().filter(|j| candidates.iter().any(|c| c.engine == j.engine)).collect();
     let mut environments = jobs.iter().flat_map(|j| j.ok()).map(|c| &c.environment);
     let first = environments.next()?;
     if environments.any(|e| machine(e) != machine(first)) {
         return Some("the cells come from different machines".to_owned());
     }
     for (index, job) in jobs.iter().enumerate() {
-        let same_name = |other: &&&Job| other.scenario == job.scenario && other.quantization == job.quantization;
+        let same_name =
+            |other: &&&Job| other.scenario == job.scenario && other.quantization == job.quantization;
         if let Some(other) = jobs[..index].iter().find(|o| same_name(o) && o.parameters != job.parameters) {
             return Some(format!(
                 "{} and {} ran {} with different parameters",
@@ -339,8 +336,7 @@ fn lead_over(a: &Candidate, b: &Candidate, criteria: &Criteria) -> Option<Lead> 
 fn missing(candidates: &[Candidate], criteria: &Criteria) -> Vec<Missing> {
     let of_criterion = |(index, criterion): (usize, &super::criteria::Criterion)| {
         let unknown = |c: &&Candidate| c.scores[index].range().low < c.scores[index].range().high;
-        let engines: Vec<String> =
-            candidates.iter().filter(unknown).map(|c| c.engine.clone()).collect();
+        let engines: Vec<String> = candidates.iter().filter(unknown).map(|c| c.engine.clone()).collect();
         let title = criterion.title.clone();
         (!engines.is_empty()).then_some(Missing { title, weight: criterion.weight, engines })
     };

@@ -1,1 +1,11 @@
+//! What people read: the report in Markdown with its charts, and the summary in the terminal.
+//! Everything comes from the record, so that the same record gives the same bytes on any machine.
 
+mod charts;
+mod facts;
+mod format;
+mod prose;
+pub mod report;
+mod tables;
+pub mod terminal;
+mod trace;
