@@ -1,5 +1,6 @@
 //! Charts as SVG: legible in print and for colour-blind people, the same bytes on any machine.
 
+use super::format::plain;
 use crate::decide::figures::Footprint;
 use crate::decide::jobs::{Job, reference_scenario};
 use anyhow::{Result, anyhow};
@@ -60,9 +61,14 @@ struct Series {
 }
 
 impl Series {
-    /// A few points get a shape that tells an engine from its neighbour without colour.
-    fn has_markers(&self) -> bool {
-        self.points.len() <= 60
+    /// The points that get a shape, which tells an engine from its neighbour without colour: a dozen at
+    /// most, so that the line stays visible.
+    fn marked(&self) -> impl Iterator<Item = (f64, f64)> {
+        self.points.iter().copied().step_by(self.points.len().div_ceil(12).max(1))
+    }
+
+    fn color(&self) -> RGBColor {
+        PALETTE[self.style % PALETTE.len()]
     }
 }
 
@@ -70,11 +76,22 @@ struct Plot {
     title: String,
     x_title: &'static str,
     y_title: &'static str,
+    x_label: fn(&f64) -> String,
+    y_label: fn(&f64) -> String,
     x: std::ops::Range<f64>,
     y: std::ops::Range<f64>,
     series: Vec<Series>,
     /// A horizontal line with its name.
     limit: Option<(f64, String)>,
+    /// The lines are expected to lie on each other.
+    overlapping: bool,
+}
+
+impl Plot {
+    /// Where lines lie on each other, those drawn first are wider and stay visible.
+    fn line_width(&self, index: usize) -> u32 {
+        if self.overlapping { 2 + 3 * (self.series.len() - 1 - index) as u32 } else { 3 }
+    }
 }
 
 /// Memory over time of the largest training job of each engine, under the target. `engines` are all of
@@ -102,8 +119,11 @@ pub fn memory(jobs: &[Job], model: &str, engines: &[&str], target_bytes: u64) ->
         title: format!("Memory of the process tree in {scenario} on {model}"),
         x_title: "seconds since the worker started",
         y_title: "GB (10^9 bytes)",
-        x: 0.0..largest(&series, |p| p.0).max(1e-3),
+        x_label: |seconds| plain(*seconds),
+        y_label: |gb| plain(*gb),
+        x: 0.0..(largest(&series, |p| p.0) * 1.01).max(1e-3),
         y: 0.0..highest * 1.08,
+        overlapping: false,
         limit: Some((target, format!("target: {target} GB"))),
         series,
     };
@@ -135,8 +155,12 @@ pub fn loss(jobs: &[Job], model: &str, engines: &[&str]) -> Result<Option<Chart>
         title: format!("Training loss in {scenario} on {model}"),
         x_title: "step",
         y_title: "nats per trained token",
-        x: first..largest(&series, |p| p.0),
+        // Between two steps there is nothing.
+        x_label: |step| if step.fract() == 0.0 { plain(*step) } else { String::new() },
+        y_label: |nats| format!("{nats:.2}"),
+        x: first..first + (largest(&series, |p| p.0) - first) * 1.01,
         y: low - room..high + room,
+        overlapping: true,
         limit: None,
         series,
     };
@@ -202,6 +226,8 @@ fn draw_on<'a>(root: &Area<'a>, plot: &Plot) -> Drawn<'a> {
         .axis_style(INK)
         .label_style((FONT, 15).into_font().color(&INK))
         .axis_desc_style((FONT, 15).into_font().color(&INK))
+        .x_label_formatter(&plot.x_label)
+        .y_label_formatter(&plot.y_label)
         .x_desc(plot.x_title)
         .y_desc(plot.y_title)
         .draw()?;
@@ -212,22 +238,18 @@ fn draw_on<'a>(root: &Area<'a>, plot: &Plot) -> Drawn<'a> {
         let place = (plot.x.end, *value);
         chart.draw_series([EmptyElement::at(place) + Text::new(name.clone(), (-4, -4), style)])?;
     }
-    // Lines that lie on each other stay visible: the first is the widest.
     for (index, series) in plot.series.iter().enumerate() {
-        let color = PALETTE[series.style % PALETTE.len()];
-        let width = 2 + 3 * (plot.series.len() - 1 - index) as u32;
+        let (color, width) = (series.color(), plot.line_width(index));
         chart.draw_series(LineSeries::new(series.points.iter().copied(), color.stroke_width(width)))?;
-        if series.has_markers() {
-            let (points, size, fill) = (series.points.iter().copied(), width + 2, color.filled());
-            let r = size as i32;
-            match series.style % 3 {
-                0 => chart.draw_series(points.map(|p| Circle::new(p, size, fill)))?,
-                1 => chart.draw_series(
-                    points.map(|p| EmptyElement::at(p) + Rectangle::new([(-r, -r), (r, r)], fill)),
-                )?,
-                _ => chart.draw_series(points.map(|p| TriangleMarker::new(p, size + 1, fill)))?,
-            };
-        }
+        let (size, fill) = (width + 2, color.filled());
+        let r = size as i32;
+        match series.style % 3 {
+            0 => chart.draw_series(series.marked().map(|p| Circle::new(p, size, fill)))?,
+            1 => chart.draw_series(
+                series.marked().map(|p| EmptyElement::at(p) + Rectangle::new([(-r, -r), (r, r)], fill)),
+            )?,
+            _ => chart.draw_series(series.marked().map(|p| TriangleMarker::new(p, size + 1, fill)))?,
+        };
     }
     root.present()
 }
@@ -235,17 +257,14 @@ fn draw_on<'a>(root: &Area<'a>, plot: &Plot) -> Drawn<'a> {
 fn draw_legend<'a>(header: &Area<'a>, plot: &Plot) -> Drawn<'a> {
     let mut x = 20;
     for (index, series) in plot.series.iter().enumerate() {
-        let color = PALETTE[series.style % PALETTE.len()];
-        let width = 2 + 3 * (plot.series.len() - 1 - index) as u32;
+        let (color, width) = (series.color(), plot.line_width(index));
         header.draw(&PathElement::new([(x, 49), (x + 30, 49)], color.stroke_width(width)))?;
-        if series.has_markers() {
-            let (at, size, fill) = ((x + 15, 49), width + 2, color.filled());
-            let r = size as i32;
-            match series.style % 3 {
-                0 => header.draw(&Circle::new(at, size, fill))?,
-                1 => header.draw(&Rectangle::new([(at.0 - r, at.1 - r), (at.0 + r, at.1 + r)], fill))?,
-                _ => header.draw(&TriangleMarker::new(at, size + 1, fill))?,
-            }
+        let (at, size, fill) = ((x + 15, 49), width + 2, color.filled());
+        let r = size as i32;
+        match series.style % 3 {
+            0 => header.draw(&Circle::new(at, size, fill))?,
+            1 => header.draw(&Rectangle::new([(at.0 - r, at.1 - r), (at.0 + r, at.1 + r)], fill))?,
+            _ => header.draw(&TriangleMarker::new(at, size + 1, fill))?,
         }
         let style = (FONT, 16).into_font().color(&INK).pos(Pos::new(HPos::Left, VPos::Center));
         header.draw(&Text::new(series.name.clone(), (x + 38, 49), style))?;

@@ -111,8 +111,9 @@ impl Findings {
 fn draw(cells: &[CellRecord], decision: &Decision) -> Result<Vec<Chart>> {
     let jobs = arrange(cells);
     let comparable: Vec<Job> = jobs.iter().filter(|j| !decision.is_software(j.engine)).cloned().collect();
-    let mut engines: Vec<&str> = jobs.iter().map(|j| j.engine).collect();
-    engines.sort_unstable();
+    // Those that are compared come first and get the colours that differ most.
+    let mut engines: Vec<&str> = jobs.iter().filter(|j| j.ok().next().is_some()).map(|j| j.engine).collect();
+    engines.sort_by_key(|e| (decision.is_software(e), *e));
     engines.dedup();
     let mut all = Vec::new();
     for model in models(&jobs).iter().rev().map(|m| m.name.as_str()) {

@@ -68,7 +68,7 @@ pub struct VerdictRow {
 #[serde(rename_all = "snake_case")]
 pub enum Fit {
     Fits,
-    DoesNotFit,
+    Over,
     NotMeasured,
 }
 
@@ -93,7 +93,7 @@ fn verdict(jobs: &[&Job], target_bytes: u64, lines: &Lines) -> Option<VerdictRow
     let bytes = footprint.bytes();
     let at_least = matches!(footprint, Footprint::AtLeast { .. });
     let verdict = match bytes {
-        Some(bytes) if bytes > target_bytes => Fit::DoesNotFit,
+        Some(bytes) if bytes > target_bytes => Fit::Over,
         Some(_) if !at_least => Fit::Fits,
         _ => Fit::NotMeasured,
     };
