@@ -5,6 +5,7 @@
 pub mod cli;
 pub mod cmd;
 pub mod data;
+pub mod decide;
 pub mod engines;
 pub mod interrupt;
 pub mod measure;

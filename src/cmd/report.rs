@@ -1,9 +1,107 @@
+//! `evalfw report`: renders a run's report again, from its record alone.
+
+use crate::decide::criteria::Criteria;
+use crate::record;
+use crate::render::{report, terminal};
+use anyhow::{Context, Result};
+use clap::Args;
+use std::io::{ErrorKind, Write};
+use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
-#[derive(clap::Args)]
+
+/// Render a run's decision report again, from its record alone
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Examples:
+  evalfw report results/20261123-101500-default            writes report.md and charts/ into that folder
+  evalfw report results/20261123-101500-default --output - prints the Markdown
+  evalfw report results/20261123-101500-default --json     prints the decision and all figures as JSON
+  evalfw report RUN --criteria my-criteria.toml       decides by other weights
+
+The report comes from cells.jsonl alone: the same record gives the same bytes on any machine.")]
 pub struct ReportArgs {
-    run: std::path::PathBuf,
+    /// A run's folder, or its cells.jsonl
+    pub run: PathBuf,
+    /// Where to write; `-` prints to standard output [default: report.md in the run's folder]
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Criteria and weights to use instead of the built-in ones
+    #[arg(long, value_name = "FILE")]
+    pub criteria: Option<PathBuf>,
+    /// Print the decision and all figures as JSON, and write no file
+    #[arg(long, conflicts_with = "output")]
+    pub json: bool,
 }
-pub fn run(args: &ReportArgs) -> anyhow::Result<ExitCode> {
-    crate::record::read(&args.run)?;
+
+pub fn run(args: &ReportArgs) -> Result<ExitCode> {
+    render(args)?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn render(args: &ReportArgs) -> Result<()> {
+    let criteria = match &args.criteria {
+        Some(path) => Criteria::read(path)?,
+        None => Criteria::built_in()?,
+    };
+    if args.json {
+        let report = report::render(&args.run, "", &criteria)?;
+        return print(&(serde_json::to_string_pretty(&report.findings)? + "\n"));
+    }
+    if args.output.as_deref() == Some(Path::new("-")) {
+        return print(&report::render(&args.run, "", &criteria)?.markdown);
+    }
+    let folder = if args.run.is_dir() {
+        args.run.clone()
+    } else {
+        args.run.parent().map(Path::to_owned).unwrap_or_default()
+    };
+    let output = args.output.clone().unwrap_or_else(|| folder.join("report.md"));
+    let prefix = link_prefix(&output, &folder)?;
+    report::write(&args.run, &output, &prefix, &criteria)?;
+    let summary = terminal::summary(&record::read(&args.run)?);
+    print(&format!("{summary}\nReport: {}\n", output.display()))
+}
+
+/// The way from the report's folder to the run's, for links: empty, or ending in `/`.
+fn link_prefix(output: &Path, run_folder: &Path) -> Result<String> {
+    let absolute = |path: &Path| {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        let full = path.canonicalize().or_else(|_| std::path::absolute(path));
+        full.with_context(|| path.display().to_string())
+    };
+    let from = absolute(output.parent().unwrap_or(Path::new("")))?;
+    let to = absolute(run_folder)?;
+    let common = from.components().zip(to.components()).take_while(|(a, b)| a == b).count();
+    let up = from.components().skip(common).map(|_| "..".to_owned());
+    let down = to.components().skip(common).filter_map(|c| match c {
+        Component::Normal(name) => Some(name.to_string_lossy().into_owned()),
+        _ => None,
+    });
+    Ok(up.chain(down).map(|part| part + "/").collect())
+}
+
+/// A reader that stops reading, such as `head`, is no error.
+fn print(text: &str) -> Result<()> {
+    let mut output = std::io::stdout().lock();
+    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("standard output"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_lead_from_the_report_to_the_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("results/run");
+        std::fs::create_dir_all(&run).unwrap();
+        let prefix = |output: &str| link_prefix(&dir.path().join(output), &run).unwrap();
+        assert_eq!(prefix("results/run/report.md"), "");
+        assert_eq!(prefix("results/REPORT.md"), "run/");
+        std::fs::create_dir_all(dir.path().join("docs")).unwrap();
+        assert_eq!(prefix("docs/report.md"), "../results/run/");
+    }
 }

@@ -9,6 +9,7 @@ use crate::model::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
 use crate::plan::{Cell, interleaved};
 use crate::probe::{Availability, Reason, probe};
 use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};
+use crate::decide::criteria::Criteria;
 use crate::render;
 use crate::run::cell::WorkerExecutor;
 use crate::run::inputs::ModelInputs;
@@ -291,6 +292,16 @@ fn new_run_folder(root: &Path, settings: &Settings) -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// The run's own report, and the one at the root of all runs that people open first.
+fn write_reports(root: &Path, folder: &Path) -> Result<PathBuf> {
+    let criteria = Criteria::built_in()?;
+    render::report::write(folder, &folder.join("report.md"), "", &criteria)?;
+    let latest = root.join("REPORT.md");
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    render::report::write(folder, &latest, &format!("{name}/"), &criteria)?;
+    Ok(latest)
+}
+
 /// Renders the reports, prints the summary and decides the exit code.
 fn conclude(args: &RunArgs, settings: &Settings, root: &Path, folder: &Path) -> Result<ExitCode> {
     if interrupt::requested() {
@@ -298,7 +309,7 @@ fn conclude(args: &RunArgs, settings: &Settings, root: &Path, folder: &Path) -> 
         return Ok(ExitCode::from(interrupt::EXIT_CODE));
     }
     let records = record::read(folder)?;
-    let report = render::write_reports(root, folder)?;
+    let report = write_reports(root, folder)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&records)?);
     } else {

@@ -1,11 +1,11 @@
-pub mod terminal {
-    pub fn summary(_: &[crate::record::CellRecord]) -> String {
-        String::new()
-    }
-}
-pub fn write_reports(
-    _root: &std::path::Path,
-    folder: &std::path::Path,
-) -> anyhow::Result<std::path::PathBuf> {
-    Ok(folder.join("report.md"))
-}
+//! What people read: the report in Markdown with its charts, and the summary in the terminal.
+//! Everything comes from the record, so that the same record gives the same bytes on any machine.
+
+mod charts;
+mod facts;
+mod format;
+mod prose;
+pub mod report;
+mod tables;
+pub mod terminal;
+mod trace;

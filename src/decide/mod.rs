@@ -1,0 +1,54 @@
+//! From a record to a decision: knock-outs, dominance, anchored scores, a weighted total with what is
+//! unknown kept unknown, and a verdict that may be that there is none.
+
+pub mod criteria;
+pub mod figures;
+pub mod jobs;
+pub mod knockout;
+pub mod ranking;
+pub mod score;
+pub mod value;
+
+use crate::record::CellRecord;
+use criteria::Criteria;
+use jobs::{Job, arrange, is_software_adapter, models};
+use ranking::Ranking;
+use serde::Serialize;
+
+/// The decision of a run: one ranking for each model, because engines that were measured on different
+/// models cannot be compared.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Decision {
+    pub memory_target_bytes: u64,
+    /// The largest model with an engine to choose first.
+    pub rankings: Vec<Ranking>,
+    /// Engines whose device renders on the CPU. They are in no ranking.
+    pub software_adapters: Vec<String>,
+}
+
+impl Decision {
+    /// The ranking that the report leads with; `None` if the record holds software adapters only.
+    pub fn headline(&self) -> Option<&Ranking> {
+        self.rankings.first()
+    }
+
+    pub fn is_software(&self, engine: &str) -> bool {
+        self.software_adapters.iter().any(|name| name == engine)
+    }
+}
+
+pub fn decide(cells: &[CellRecord], criteria: &Criteria) -> Decision {
+    let all = arrange(cells);
+    let mut software_adapters: Vec<String> =
+        all.iter().map(|j| j.engine).filter(|e| is_software_adapter(cells, e)).map(str::to_owned).collect();
+    software_adapters.sort();
+    software_adapters.dedup();
+    let jobs: Vec<Job> =
+        all.into_iter().filter(|j| !software_adapters.iter().any(|s| s == j.engine)).collect();
+
+    let mut rankings: Vec<Ranking> =
+        models(&jobs).iter().rev().map(|model| Ranking::of(&jobs, model, criteria)).collect();
+    // Stable: the largest stays first among those with something to choose.
+    rankings.sort_by_key(|r| r.candidates.is_empty());
+    Decision { memory_target_bytes: criteria.memory_target_bytes(), rankings, software_adapters }
+}

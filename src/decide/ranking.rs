@@ -1,0 +1,344 @@
+//! The ranking of the engines on one model.
+
+use super::criteria::Criteria;
+use super::figures::{Spread, TrainFigures};
+use super::jobs::{Job, reference_scenario};
+use super::knockout::{KnockOut, knock_outs};
+use super::score::{Interval, RESOLUTION, Score, compare, total};
+use super::value::BEST;
+use crate::measure::host::Environment;
+use crate::record::ModelRecord;
+use evalfw_engine::protocol::Quantization;
+use serde::Serialize;
+use std::cmp::Ordering;
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Ranking {
+    pub model: String,
+    pub parameters: u64,
+    /// What passed the knock-outs, by name.
+    pub candidates: Vec<Candidate>,
+    pub knocked_out: Vec<Excluded>,
+    pub dominated: Vec<Dominated>,
+    /// In the order of the criteria.
+    pub winners: Vec<Winner>,
+    pub speed: Option<SpeedRatios>,
+    pub verdict: Verdict,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Candidate {
+    pub engine: String,
+    /// In the order of the criteria.
+    pub scores: Vec<Score>,
+    pub total: Interval,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Excluded {
+    pub engine: String,
+    pub reasons: Vec<KnockOut>,
+}
+
+/// `engine` is nowhere better than `by`, and somewhere worse, in what was measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Dominated {
+    pub engine: String,
+    pub by: String,
+    /// Titles of the criteria in which it is worse, and `training speed`.
+    pub worse_in: Vec<String>,
+}
+
+/// Who is best in one criterion.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Winner {
+    Engine {
+        engine: String,
+    },
+    Tie,
+    NotMeasured,
+    /// Measured, but not of every engine or not alike.
+    NotDecided,
+    /// Fewer than two engines to compare.
+    NoComparison,
+}
+
+/// Measured training speed on one job. It stands beside the scores and is no part of them.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SpeedRatios {
+    pub scenario: String,
+    /// From fast to slow.
+    pub engines: Vec<EngineSpeed>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct EngineSpeed {
+    pub engine: String,
+    /// Tokens per second that are not padding.
+    pub real_tokens: Spread,
+    /// Median over the slowest engine's.
+    pub times_the_slowest: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Verdict {
+    /// No engine passed the knock-outs.
+    NoCandidate,
+    /// One passed: there is nothing to compare it with.
+    OnlyOne { engine: String },
+    /// Its lowest possible total is above every other's highest.
+    Winner {
+        engine: String,
+        /// Between its lowest total and the highest of the others.
+        margin: f64,
+    },
+    NoClearWinner {
+        /// Why the cells cannot be compared at all.
+        obstacle: Option<String>,
+        lead: Option<Lead>,
+        missing: Vec<Missing>,
+    },
+}
+
+/// One engine is ahead of every other in the weighted sum of what was measured, on equal evidence.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Lead {
+    pub engine: String,
+    pub runner_up: String,
+    /// Of a total from 0 to 10.
+    pub points: f64,
+    /// Weight that was not measured, in percent.
+    pub unknown_weight: f64,
+    /// How many points of 10 the runner-up must be better, on average over what was not measured, to
+    /// draw level.
+    pub to_overturn: f64,
+}
+
+/// What must be measured to decide.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Missing {
+    pub title: String,
+    pub weight: f64,
+    /// The engines of which it is missing, in whole or in part.
+    pub engines: Vec<String>,
+}
+
+impl Ranking {
+    /// Ranks the engines of `jobs` on `model`. Software adapters must not be among them.
+    pub fn of(jobs: &[Job], model: &ModelRecord, criteria: &Criteria) -> Self {
+        let on_model: Vec<Job> = jobs.iter().filter(|j| j.model.name == model.name).cloned().collect();
+        let mut engines: Vec<&str> = on_model.iter().map(|j| j.engine).collect();
+        engines.sort_unstable();
+        engines.dedup();
+
+        let (mut candidates, mut knocked_out) = (Vec::new(), Vec::new());
+        for engine in engines {
+            let reasons = knock_outs(jobs, &model.name, engine, criteria.memory_target_bytes());
+            if reasons.is_empty() {
+                candidates.push(candidate(&on_model, model, engine, criteria));
+            } else {
+                knocked_out.push(Excluded { engine: engine.to_owned(), reasons });
+            }
+        }
+        let speed = speed_ratios(&on_model, model, &candidates);
+        let obstacle = obstacle(&on_model, &candidates);
+        Self {
+            model: model.name.clone(),
+            parameters: model.parameters,
+            dominated: match obstacle {
+                None => dominated(&candidates, criteria, speed.as_ref()),
+                Some(_) => Vec::new(),
+            },
+            winners: (0..criteria.criteria.len()).map(|i| winner(&candidates, i)).collect(),
+            verdict: verdict(&candidates, criteria, obstacle),
+            speed,
+            candidates,
+            knocked_out,
+        }
+    }
+}
+
+fn candidate(jobs: &[Job], model: &ModelRecord, engine: &str, criteria: &Criteria) -> Candidate {
+    let score = |criterion| Score::of(criterion, jobs, &model.name, engine);
+    let scores: Vec<Score> = criteria.criteria.iter().map(score).collect();
+    let total = total(criteria.criteria.iter().map(|c| c.weight).zip(&scores));
+    Candidate { engine: engine.to_owned(), scores, total }
+}
+
+fn speed_ratios(jobs: &[Job], model: &ModelRecord, candidates: &[Candidate]) -> Option<SpeedRatios> {
+    let scenario = reference_scenario(jobs, &model.name, "train")?;
+    let is_candidate = |engine: &str| candidates.iter().any(|c| c.engine == engine);
+    let mut speeds: Vec<(&str, Spread)> = jobs
+        .iter()
+        .filter(|j| j.scenario == scenario && j.quantization == Quantization::Nf4 && is_candidate(j.engine))
+        .filter_map(|j| Some((j.engine, TrainFigures::of(j)?.real_tokens)))
+        .collect();
+    speeds.sort_by(|a, b| b.1.median.total_cmp(&a.1.median));
+    let slowest = speeds.last()?.1.median;
+    let engine = |(engine, real_tokens): (&str, Spread)| EngineSpeed {
+        engine: engine.to_owned(),
+        real_tokens,
+        times_the_slowest: real_tokens.median / slowest,
+    };
+    Some(SpeedRatios { scenario: scenario.to_owned(), engines: speeds.into_iter().map(engine).collect() })
+}
+
+/// What makes the cells of the candidates incomparable.
+fn obstacle(jobs: &[Job], candidates: &[Candidate]) -> Option<String> {
+    let jobs: Vec<&Job> = jobs.iter().filter(|j| candidates.iter().any(|c| c.engine == j.engine)).collect();
+    let mut environments = jobs.iter().flat_map(|j| j.ok()).map(|c| &c.environment);
+    let first = environments.next()?;
+    if environments.any(|e| machine(e) != machine(first)) {
+        return Some("the cells come from different machines".to_owned());
+    }
+    for (index, job) in jobs.iter().enumerate() {
+        let same_name =
+            |other: &&&Job| other.scenario == job.scenario && other.quantization == job.quantization;
+        if let Some(other) = jobs[..index].iter().find(|o| same_name(o) && o.parameters != job.parameters) {
+            return Some(format!(
+                "{} and {} ran {} with different parameters",
+                other.engine, job.engine, job.scenario
+            ));
+        }
+    }
+    None
+}
+
+fn machine(e: &Environment) -> (&str, &str, usize, u64, &[String]) {
+    (&e.os, &e.cpu, e.logical_cores, e.memory_bytes, &e.gpus)
+}
+
+/// Engines that another one dominates. Training speed counts here, though it has no score: to be
+/// nowhere better needs an order and no scale. Speeds whose samples overlap are equal.
+fn dominated(candidates: &[Candidate], criteria: &Criteria, speed: Option<&SpeedRatios>) -> Vec<Dominated> {
+    let mut found = Vec::new();
+    for engine in candidates {
+        let by = candidates.iter().filter(|other| other.engine != engine.engine);
+        let worse_in = |other: &Candidate| worse_in(engine, other, criteria, speed);
+        let first = by.filter_map(|other| Some((other, worse_in(other)?))).max_by_key(|(_, w)| w.len());
+        if let Some((other, worse_in)) = first {
+            found.push(Dominated { engine: engine.engine.clone(), by: other.engine.clone(), worse_in });
+        }
+    }
+    found
+}
+
+/// In what `a` is worse than `b`, if it is worse somewhere and better nowhere.
+fn worse_in(
+    a: &Candidate,
+    b: &Candidate,
+    criteria: &Criteria,
+    speed: Option<&SpeedRatios>,
+) -> Option<Vec<String>> {
+    let mut worse = Vec::new();
+    for ((criterion, a), b) in criteria.criteria.iter().zip(&a.scores).zip(&b.scores) {
+        if a.value().is_none() && b.value().is_none() {
+            continue;
+        }
+        match a.compare(b)? {
+            Ordering::Greater => return None,
+            Ordering::Less => worse.push(criterion.title.clone()),
+            Ordering::Equal => {}
+        }
+    }
+    let speed_of = |engine: &str| {
+        let found = speed.and_then(|s| s.engines.iter().find(|e| e.engine == engine));
+        found.map(|e| e.real_tokens)
+    };
+    match (speed_of(&a.engine), speed_of(&b.engine)) {
+        (None, None) => {}
+        (Some(a), Some(b)) if a.is_clear_of(&b) => return None,
+        (Some(a), Some(b)) if b.is_clear_of(&a) => worse.push("training speed".to_owned()),
+        (Some(_), Some(_)) => {}
+        _ => return None,
+    }
+    (!worse.is_empty()).then_some(worse)
+}
+
+fn winner(candidates: &[Candidate], criterion: usize) -> Winner {
+    let scores: Vec<(&str, &Score)> =
+        candidates.iter().map(|c| (c.engine.as_str(), &c.scores[criterion])).collect();
+    if scores.iter().all(|(_, s)| s.value().is_none()) {
+        return Winner::NotMeasured;
+    }
+    if scores.len() < 2 {
+        return Winner::NoComparison;
+    }
+    let against_others = |engine: &str, score: &Score, wanted: Ordering| {
+        scores.iter().filter(|(other, _)| *other != engine).all(|(_, s)| score.compare(s) == Some(wanted))
+    };
+    if let Some((engine, _)) = scores.iter().find(|(e, s)| against_others(e, s, Ordering::Greater)) {
+        return Winner::Engine { engine: engine.to_string() };
+    }
+    // The best ones share the place: nobody is above them.
+    let is_best = |score: &Score| {
+        scores.iter().all(|(_, s)| matches!(score.compare(s), Some(Ordering::Greater | Ordering::Equal)))
+    };
+    if scores.iter().any(|(_, s)| is_best(s)) { Winner::Tie } else { Winner::NotDecided }
+}
+
+fn verdict(candidates: &[Candidate], criteria: &Criteria, obstacle: Option<String>) -> Verdict {
+    match candidates {
+        [] => return Verdict::NoCandidate,
+        [only] => return Verdict::OnlyOne { engine: only.engine.clone() },
+        _ => {}
+    }
+    if obstacle.is_none() {
+        for engine in candidates {
+            let others = candidates.iter().filter(|c| c.engine != engine.engine);
+            let highest = others.map(|c| c.total.high).fold(f64::NEG_INFINITY, f64::max);
+            let margin = engine.total.low - highest;
+            if margin >= RESOLUTION {
+                return Verdict::Winner { engine: engine.engine.clone(), margin };
+            }
+        }
+    }
+    let lead = if obstacle.is_none() { lead(candidates, criteria) } else { None };
+    Verdict::NoClearWinner { obstacle, lead, missing: missing(candidates, criteria) }
+}
+
+/// The engine that is ahead of every other in what was measured of both alike.
+fn lead(candidates: &[Candidate], criteria: &Criteria) -> Option<Lead> {
+    candidates.iter().find_map(|engine| {
+        let others = candidates.iter().filter(|c| c.engine != engine.engine);
+        let leads: Option<Vec<Lead>> = others.map(|other| lead_over(engine, other, criteria)).collect();
+        leads?.into_iter().min_by(|a, b| a.points.total_cmp(&b.points))
+    })
+}
+
+/// `None` if `a` is not ahead, or if it was measured in other things than `b`.
+fn lead_over(a: &Candidate, b: &Candidate, criteria: &Criteria) -> Option<Lead> {
+    let (mut points, mut unknown_weight) = (0.0, 0.0);
+    for ((criterion, a), b) in criteria.criteria.iter().zip(&a.scores).zip(&b.scores) {
+        if a.value().is_some() || b.value().is_some() {
+            a.compare(b)?;
+        }
+        // What is missing, be it a whole criterion or an item of a checklist, is as wide on both sides.
+        let (a, b) = (a.range(), b.range());
+        if (a.high - a.low) != (b.high - b.low) {
+            return None;
+        }
+        points += criterion.weight / 100.0 * (a.low - b.low);
+        unknown_weight += criterion.weight * (a.high - a.low) / BEST;
+    }
+    let ahead = compare(points, 0.0) == Ordering::Greater;
+    ahead.then(|| Lead {
+        engine: a.engine.clone(),
+        runner_up: b.engine.clone(),
+        points,
+        unknown_weight,
+        to_overturn: points * 100.0 / unknown_weight,
+    })
+}
+
+fn missing(candidates: &[Candidate], criteria: &Criteria) -> Vec<Missing> {
+    let of_criterion = |(index, criterion): (usize, &super::criteria::Criterion)| {
+        let unknown = |c: &&Candidate| c.scores[index].range().low < c.scores[index].range().high;
+        let engines: Vec<String> = candidates.iter().filter(unknown).map(|c| c.engine.clone()).collect();
+        let title = criterion.title.clone();
+        (!engines.is_empty()).then_some(Missing { title, weight: criterion.weight, engines })
+    };
+    criteria.criteria.iter().enumerate().filter_map(of_criterion).collect()
+}

@@ -1,0 +1,274 @@
+//! The score of one engine in one criterion, with what is unknown kept unknown.
+
+use super::criteria::{Check, Criterion, Metric, Source};
+use super::figures::Footprint;
+use super::jobs::{Job, reference_scenario};
+use super::value::{BEST, ValueFunction};
+use crate::record::CellRecord;
+use evalfw_engine::protocol::Quantization;
+use serde::Serialize;
+use std::cmp::Ordering;
+
+/// Scores and totals closer than this are a tie: half of the last digit that the report prints.
+pub const RESOLUTION: f64 = 0.05;
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Score {
+    Measured {
+        /// From 0 to 10; of a checklist the share that passed of what was probed.
+        score: f64,
+        /// What the score may become once the rest of a checklist is probed.
+        range: Interval,
+        basis: Basis,
+    },
+    NotMeasured {
+        reason: String,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Interval {
+    pub low: f64,
+    pub high: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Basis {
+    Metric { value: f64, scenario: String, cell: String },
+    Checklist { passed: Vec<CheckResult>, failed: Vec<CheckResult>, not_probed: Vec<Check> },
+}
+
+/// A probe with its evidence and the cell that gave it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CheckResult {
+    pub probe: String,
+    pub title: String,
+    pub evidence: String,
+    pub cell: String,
+}
+
+impl Score {
+    /// Scores one engine on one model in one criterion.
+    pub fn of(criterion: &Criterion, jobs: &[Job], model: &str, engine: &str) -> Self {
+        match &criterion.source {
+            Source::Metric { metric, anchors } => from_metric(*metric, anchors, jobs, model, engine),
+            Source::Checklist { checks } => from_checklist(checks, jobs, model, engine),
+            Source::NotMeasured { reason } => not_measured(reason),
+        }
+    }
+
+    pub fn value(&self) -> Option<f64> {
+        match self {
+            Self::Measured { score, .. } => Some(*score),
+            Self::NotMeasured { .. } => None,
+        }
+    }
+
+    /// What the score can be: everything, where it was not measured.
+    pub fn range(&self) -> Interval {
+        match self {
+            Self::Measured { range, .. } => *range,
+            Self::NotMeasured { .. } => Interval { low: 0.0, high: BEST },
+        }
+    }
+
+    /// Which of two engines is better in a criterion; `None` where the record cannot say. Checklists
+    /// compare by share only where the same items were probed, otherwise by what they can become.
+    pub fn compare(&self, other: &Self) -> Option<Ordering> {
+        let (Self::Measured { score: a, .. }, Self::Measured { score: b, .. }) = (self, other) else {
+            return None;
+        };
+        if self.probed() == other.probed() {
+            return Some(compare(*a, *b));
+        }
+        let (a, b) = (self.range(), other.range());
+        if a.low > b.high + RESOLUTION {
+            Some(Ordering::Greater)
+        } else if b.low > a.high + RESOLUTION {
+            Some(Ordering::Less)
+        } else {
+            None
+        }
+    }
+
+    /// The names of the items that were probed, sorted.
+    fn probed(&self) -> Vec<&str> {
+        let Self::Measured { basis: Basis::Checklist { passed, failed, .. }, .. } = self else {
+            return Vec::new();
+        };
+        let mut names: Vec<&str> = passed.iter().chain(failed).map(|r| r.probe.as_str()).collect();
+        names.sort_unstable();
+        names
+    }
+}
+
+/// Compares two scores at the resolution of the report.
+pub fn compare(a: f64, b: f64) -> Ordering {
+    if (a - b).abs() < RESOLUTION { Ordering::Equal } else { a.total_cmp(&b) }
+}
+
+/// The weighted total, between all that is unknown at its worst and all at its best.
+pub fn total<'a>(scores: impl Iterator<Item = (f64, &'a Score)>) -> Interval {
+    let mut total = Interval { low: 0.0, high: 0.0 };
+    for (weight, score) in scores {
+        let range = score.range();
+        total.low += weight / 100.0 * range.low;
+        total.high += weight / 100.0 * range.high;
+    }
+    total
+}
+
+fn not_measured(reason: impl Into<String>) -> Score {
+    Score::NotMeasured { reason: reason.into() }
+}
+
+fn from_metric(metric: Metric, anchors: &ValueFunction, jobs: &[Job], model: &str, engine: &str) -> Score {
+    let kind = metric.scenario_kind();
+    let Some(scenario) = reference_scenario(jobs, model, kind) else {
+        return not_measured(format!("the run holds no {kind} scenario with an NF4 base"));
+    };
+    let is_reference = |j: &&Job| {
+        j.engine == engine
+            && j.model.name == model
+            && j.scenario == scenario
+            && j.quantization == Quantization::Nf4
+    };
+    let Some(job) = jobs.iter().find(is_reference) else {
+        return not_measured(format!("the run holds no {scenario} of this engine"));
+    };
+    match Footprint::of_job(job) {
+        None => not_measured(format!("{scenario} ended {}", job.outcomes())),
+        Some((Footprint::Unknown, _)) => not_measured(format!("{scenario} has no memory figure")),
+        Some((Footprint::AtLeast { .. }, _)) => {
+            not_measured("the peak of the GPU's own memory is not in the record, only its state at the end")
+        }
+        Some((Footprint::Peak { bytes }, cell)) => {
+            let value = bytes as f64 / 1e9;
+            let score = anchors.score(value);
+            let basis = Basis::Metric { value, scenario: scenario.to_owned(), cell: cell.cell.clone() };
+            Score::Measured { score, range: Interval { low: score, high: score }, basis }
+        }
+    }
+}
+
+fn from_checklist(checks: &[Check], jobs: &[Job], model: &str, engine: &str) -> Score {
+    let of_engine = jobs.iter().filter(|j| j.engine == engine && j.model.name == model);
+    let cells: Vec<&CellRecord> = of_engine.flat_map(|j| j.cells.iter().copied()).collect();
+    let (mut passed, mut failed, mut not_probed) = (Vec::new(), Vec::new(), Vec::new());
+    for check in checks {
+        match probe(&cells, check) {
+            None => not_probed.push(check.clone()),
+            Some((true, result)) => passed.push(result),
+            Some((false, result)) => failed.push(result),
+        }
+    }
+    let probed = passed.len() + failed.len();
+    if probed == 0 {
+        return not_measured("no cell got far enough to probe it");
+    }
+    let share = |count: usize, of: usize| BEST * count as f64 / of as f64;
+    let range = Interval {
+        low: share(passed.len(), checks.len()),
+        high: share(passed.len() + not_probed.len(), checks.len()),
+    };
+    let score = share(passed.len(), probed);
+    Score::Measured { score, range, basis: Basis::Checklist { passed, failed, not_probed } }
+}
+
+/// A probe passed if it did in every cell that exercised it; the evidence is the first failure's, or
+/// else the first cell's.
+fn probe(cells: &[&CellRecord], check: &Check) -> Option<(bool, CheckResult)> {
+    let found = || {
+        cells.iter().flat_map(|c| {
+            let of_check = c.samples.probes.iter().filter(|p| p.name == check.probe);
+            of_check.map(move |p| (p, c.cell.as_str()))
+        })
+    };
+    let (probe, cell) = found().find(|(p, _)| !p.passed).or_else(|| found().next())?;
+    let result = CheckResult {
+        probe: check.probe.clone(),
+        title: check.title.clone(),
+        evidence: probe.evidence.clone(),
+        cell: cell.to_owned(),
+    };
+    Some((probe.passed, result))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metric(score: f64) -> Score {
+        let basis = Basis::Metric { value: 1.0, scenario: "train".into(), cell: "cell".into() };
+        Score::Measured { score, range: Interval { low: score, high: score }, basis }
+    }
+
+    /// A checklist of five items, of which the first letters passed, `-` failed and `?` was not probed.
+    fn checklist(results: &str) -> Score {
+        let (mut passed, mut failed, mut not_probed) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, result) in results.chars().enumerate() {
+            let probe = format!("probe{index}");
+            let done = CheckResult {
+                probe: probe.clone(),
+                title: String::new(),
+                evidence: String::new(),
+                cell: String::new(),
+            };
+            match result {
+                '+' => passed.push(done),
+                '-' => failed.push(done),
+                _ => not_probed.push(Check { probe, title: String::new() }),
+            }
+        }
+        let all = results.len() as f64;
+        let range = Interval {
+            low: 10.0 * passed.len() as f64 / all,
+            high: 10.0 * (passed.len() + not_probed.len()) as f64 / all,
+        };
+        let score = 10.0 * passed.len() as f64 / (passed.len() + failed.len()) as f64;
+        Score::Measured { score, range, basis: Basis::Checklist { passed, failed, not_probed } }
+    }
+
+    fn missing() -> Score {
+        not_measured("nobody looked")
+    }
+
+    #[test]
+    fn a_total_reaches_from_missing_as_0_to_missing_as_10() {
+        let scores = [(50.0, metric(8.0)), (30.0, missing()), (20.0, metric(5.0))];
+        let total = total(scores.iter().map(|(w, s)| (*w, s)));
+        assert!((total.low - 5.0).abs() < 1e-12 && (total.high - 8.0).abs() < 1e-12, "{total:?}");
+    }
+
+    #[test]
+    fn the_scorecard_that_was_added_up_wrong_by_hand() {
+        let weights = [25.0, 25.0, 20.0, 20.0, 10.0];
+        let sum = |scores: [f64; 5]| {
+            let scores = scores.map(metric);
+            total(weights.into_iter().zip(&scores)).low
+        };
+        assert!((sum([9.0, 9.0, 8.0, 9.0, 8.0]) - 8.7).abs() < 1e-12);
+        assert!((sum([4.0, 6.0, 6.0, 9.0, 10.0]) - 6.5).abs() < 1e-12);
+    }
+
+    #[test]
+    fn scores_closer_than_the_report_prints_are_a_tie() {
+        assert_eq!(metric(7.0).compare(&metric(7.04)), Some(Ordering::Equal));
+        assert_eq!(metric(7.0).compare(&metric(7.1)), Some(Ordering::Less));
+    }
+
+    #[test]
+    fn what_was_not_measured_compares_with_nothing() {
+        assert_eq!(missing().compare(&metric(0.0)), None);
+        assert_eq!(missing().compare(&missing()), None);
+    }
+
+    #[test]
+    fn checklists_with_other_items_probed_compare_only_when_the_rest_cannot_turn_it() {
+        assert_eq!(checklist("+++??").compare(&checklist("++-??")), Some(Ordering::Greater));
+        assert_eq!(checklist("+++??").compare(&checklist("+++++")), None, "3 of 3 is no better than 5 of 5");
+        assert_eq!(checklist("++++?").compare(&checklist("-----")), Some(Ordering::Greater));
+    }
+}

@@ -1,0 +1,278 @@
+//! Charts as SVG: legible in print and for colour-blind people, the same bytes on any machine.
+
+use super::format::plain;
+use crate::decide::figures::Footprint;
+use crate::decide::jobs::{Job, reference_scenario};
+use anyhow::{Result, anyhow};
+use evalfw_engine::protocol::Quantization;
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+
+const WIDTH: u32 = 860;
+const HEIGHT: u32 = 420;
+const HEADER: u32 = 64;
+const FONT: &str = "sans-serif";
+const INK: RGBColor = RGBColor(0x22, 0x22, 0x22);
+const GRID: RGBColor = RGBColor(0xdd, 0xdd, 0xdd);
+
+/// The palette of Okabe and Ito (2008), without yellow, which does not print on white.
+const PALETTE: [RGBColor; 7] = [
+    RGBColor(0x00, 0x72, 0xb2),
+    RGBColor(0xd5, 0x5e, 0x00),
+    RGBColor(0x00, 0x9e, 0x73),
+    RGBColor(0xcc, 0x79, 0xa7),
+    RGBColor(0xe6, 0x9f, 0x00),
+    RGBColor(0x56, 0xb4, 0xe9),
+    RGBColor(0x00, 0x00, 0x00),
+];
+
+/// A picture and its place beside the report.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chart {
+    pub kind: Kind,
+    pub model: String,
+    /// Relative to the run's folder.
+    pub file: String,
+    pub svg: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Memory,
+    Loss,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Loss => "loss",
+        }
+    }
+}
+
+/// A named line; `style` is its engine's place among all engines, so that an engine looks the same in
+/// every chart.
+struct Series {
+    name: String,
+    style: usize,
+    points: Vec<(f64, f64)>,
+}
+
+impl Series {
+    /// The points that get a shape, which tells an engine from its neighbour without colour: a dozen at
+    /// most, so that the line stays visible.
+    fn marked(&self) -> impl Iterator<Item = (f64, f64)> {
+        self.points.iter().copied().step_by(self.points.len().div_ceil(12).max(1))
+    }
+
+    fn color(&self) -> RGBColor {
+        PALETTE[self.style % PALETTE.len()]
+    }
+}
+
+struct Plot {
+    title: String,
+    x_title: &'static str,
+    y_title: &'static str,
+    x_label: fn(&f64) -> String,
+    y_label: fn(&f64) -> String,
+    x: std::ops::Range<f64>,
+    y: std::ops::Range<f64>,
+    series: Vec<Series>,
+    /// A horizontal line with its name.
+    limit: Option<(f64, String)>,
+    /// The lines are expected to lie on each other.
+    overlapping: bool,
+}
+
+impl Plot {
+    /// Where lines lie on each other, those drawn first are wider and stay visible.
+    fn line_width(&self, index: usize) -> u32 {
+        if self.overlapping { 2 + 3 * (self.series.len() - 1 - index) as u32 } else { 3 }
+    }
+}
+
+/// Memory over time of the largest training job of each engine, under the target. `engines` are all of
+/// the record.
+pub fn memory(jobs: &[Job], model: &str, engines: &[&str], target_bytes: u64) -> Result<Option<Chart>> {
+    let target = target_bytes as f64 / 1e9;
+    let series: Vec<Series> = reference_jobs(jobs, model)
+        .into_iter()
+        .filter_map(|job| {
+            let (_, cell) = Footprint::of_job(job)?;
+            let points = cell.samples.memory.iter().map(|p| (p.seconds, p.resident_bytes as f64 / 1e9));
+            Some(Series {
+                name: job.engine.to_owned(),
+                style: style_of(job.engine, engines),
+                points: points.collect(),
+            })
+        })
+        .filter(|s| !s.points.is_empty())
+        .collect();
+    let Some(scenario) = reference_scenario(jobs, model, "train").filter(|_| !series.is_empty()) else {
+        return Ok(None);
+    };
+    let highest = largest(&series, |p| p.1).max(target);
+    let plot = Plot {
+        title: format!("Memory of the process tree in {scenario} on {model}"),
+        x_title: "seconds since the worker started",
+        y_title: "GB (10^9 bytes)",
+        x_label: |seconds| plain(*seconds),
+        y_label: |gb| plain(*gb),
+        x: 0.0..(largest(&series, |p| p.0) * 1.01).max(1e-3),
+        y: 0.0..highest * 1.08,
+        overlapping: false,
+        limit: Some((target, format!("target: {target} GB"))),
+        series,
+    };
+    draw(&plot, Kind::Memory, model).map(Some)
+}
+
+/// The training loss of each step of all engines on one axis.
+pub fn loss(jobs: &[Job], model: &str, engines: &[&str]) -> Result<Option<Chart>> {
+    let series: Vec<Series> = reference_jobs(jobs, model)
+        .into_iter()
+        .filter_map(|job| {
+            let cell = job.ok().find(|c| !c.samples.train.is_empty())?;
+            let points = cell.samples.train.iter().map(|s| (s.step as f64, s.loss));
+            Some(Series {
+                name: job.engine.to_owned(),
+                style: style_of(job.engine, engines),
+                points: points.filter(|p| p.1.is_finite()).collect(),
+            })
+        })
+        .filter(|s| s.points.len() > 1)
+        .collect();
+    let Some(scenario) = reference_scenario(jobs, model, "train").filter(|_| !series.is_empty()) else {
+        return Ok(None);
+    };
+    let (low, high) = (-largest(&series, |p| -p.1), largest(&series, |p| p.1));
+    let room = ((high - low) * 0.08).max(0.01);
+    let first = -largest(&series, |p| -p.0);
+    let plot = Plot {
+        title: format!("Training loss in {scenario} on {model}"),
+        x_title: "step",
+        y_title: "nats per trained token",
+        // Between two steps there is nothing.
+        x_label: |step| if step.fract() == 0.0 { plain(*step) } else { String::new() },
+        y_label: |nats| format!("{nats:.2}"),
+        x: first..first + (largest(&series, |p| p.0) - first) * 1.01,
+        y: low - room..high + room,
+        overlapping: true,
+        limit: None,
+        series,
+    };
+    draw(&plot, Kind::Loss, model).map(Some)
+}
+
+fn reference_jobs<'j, 'a>(jobs: &'j [Job<'a>], model: &str) -> Vec<&'j Job<'a>> {
+    let scenario = reference_scenario(jobs, model, "train");
+    let is_reference = |j: &&Job| {
+        j.model.name == model && Some(j.scenario) == scenario && j.quantization == Quantization::Nf4
+    };
+    jobs.iter().filter(is_reference).collect()
+}
+
+fn style_of(engine: &str, engines: &[&str]) -> usize {
+    engines.iter().position(|e| *e == engine).unwrap_or(0)
+}
+
+fn largest(series: &[Series], of: fn(&(f64, f64)) -> f64) -> f64 {
+    series.iter().flat_map(|s| s.points.iter().map(of)).fold(f64::NEG_INFINITY, f64::max)
+}
+
+/// The model's name as part of a file name.
+fn file_name(model: &str) -> String {
+    let safe = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
+    model.chars().map(safe).collect()
+}
+
+fn draw(plot: &Plot, kind: Kind, model: &str) -> Result<Chart> {
+    let file = format!("charts/{}-{}.svg", kind.name(), file_name(model));
+    let mut svg = String::new();
+    {
+        let root = SVGBackend::with_string(&mut svg, (WIDTH, HEIGHT)).into_drawing_area();
+        draw_on(&root, plot).map_err(|e| anyhow!("{file}: {e}"))?;
+    }
+    // For readers that do not see the picture.
+    let title = format!("<title>{}</title>\n", xml(&plot.title));
+    if let Some(end) = svg.find(">\n") {
+        svg.insert_str(end + 2, &title);
+    }
+    Ok(Chart { kind, model: model.to_owned(), file, svg })
+}
+
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
+
+fn draw_on<'a>(root: &Area<'a>, plot: &Plot) -> Drawn<'a> {
+    root.fill(&WHITE)?;
+    let (header, body) = root.split_vertically(HEADER);
+    header.draw(&Text::new(plot.title.clone(), (20, 10), (FONT, 20).into_font().color(&INK)))?;
+    draw_legend(&header, plot)?;
+
+    let mut chart = ChartBuilder::on(&body)
+        .margin(8)
+        .margin_right(24)
+        .x_label_area_size(44)
+        .y_label_area_size(64)
+        .build_cartesian_2d(plot.x.clone(), plot.y.clone())?;
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(GRID)
+        .axis_style(INK)
+        .label_style((FONT, 15).into_font().color(&INK))
+        .axis_desc_style((FONT, 15).into_font().color(&INK))
+        .x_label_formatter(&plot.x_label)
+        .y_label_formatter(&plot.y_label)
+        .x_desc(plot.x_title)
+        .y_desc(plot.y_title)
+        .draw()?;
+    if let Some((value, name)) = &plot.limit {
+        let line = [(plot.x.start, *value), (plot.x.end, *value)];
+        chart.draw_series(DashedLineSeries::new(line, 8, 5, INK.stroke_width(2)))?;
+        let style = (FONT, 15).into_font().color(&INK).pos(Pos::new(HPos::Right, VPos::Bottom));
+        let place = (plot.x.end, *value);
+        chart.draw_series([EmptyElement::at(place) + Text::new(name.clone(), (-4, -4), style)])?;
+    }
+    for (index, series) in plot.series.iter().enumerate() {
+        let (color, width) = (series.color(), plot.line_width(index));
+        chart.draw_series(LineSeries::new(series.points.iter().copied(), color.stroke_width(width)))?;
+        let (size, fill) = (width + 2, color.filled());
+        let r = size as i32;
+        match series.style % 3 {
+            0 => chart.draw_series(series.marked().map(|p| Circle::new(p, size, fill)))?,
+            1 => chart.draw_series(
+                series.marked().map(|p| EmptyElement::at(p) + Rectangle::new([(-r, -r), (r, r)], fill)),
+            )?,
+            _ => chart.draw_series(series.marked().map(|p| TriangleMarker::new(p, size + 1, fill)))?,
+        };
+    }
+    root.present()
+}
+
+fn draw_legend<'a>(header: &Area<'a>, plot: &Plot) -> Drawn<'a> {
+    let mut x = 20;
+    for (index, series) in plot.series.iter().enumerate() {
+        let (color, width) = (series.color(), plot.line_width(index));
+        header.draw(&PathElement::new([(x, 49), (x + 30, 49)], color.stroke_width(width)))?;
+        let (at, size, fill) = ((x + 15, 49), width + 2, color.filled());
+        let r = size as i32;
+        match series.style % 3 {
+            0 => header.draw(&Circle::new(at, size, fill))?,
+            1 => header.draw(&Rectangle::new([(at.0 - r, at.1 - r), (at.0 + r, at.1 + r)], fill))?,
+            _ => header.draw(&TriangleMarker::new(at, size + 1, fill))?,
+        }
+        let style = (FONT, 16).into_font().color(&INK).pos(Pos::new(HPos::Left, VPos::Center));
+        header.draw(&Text::new(series.name.clone(), (x + 38, 49), style))?;
+        x += 60 + 9 * series.name.chars().count() as i32;
+    }
+    Ok(())
+}
+
+fn xml(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}

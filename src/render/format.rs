@@ -1,0 +1,148 @@
+//! Numbers and foreign text as the report prints them.
+
+use minijinja::Environment;
+
+/// Characters that mean something in Markdown, wherever they stand in a line.
+const MARKUP: &[char] = &['\\', '`', '*', '[', ']', '<', '>', '|', '&', '~', '$', '#'];
+
+/// Makes the filters known to the templates.
+pub fn add_filters(environment: &mut Environment) {
+    environment.add_filter("md", |text: &str| markdown(text));
+    environment.add_filter("gb", gb);
+    environment.add_filter("mb", |bytes: f64| format!("{:.0}", bytes / 1e6));
+    environment.add_filter("sig", significant);
+    environment.add_filter("points", points);
+    environment.add_filter("percent", percent);
+    environment.add_filter("hundredths", |value: f64| format!("{value:.2}"));
+    environment.add_filter("plain", plain);
+    environment.add_filter("size", size);
+    environment.add_filter("listed", |items: Vec<String>| {
+        list(&items.iter().map(|i| markdown(i)).collect::<Vec<_>>())
+    });
+    environment.add_filter("loss", |nats: f64| format!("{nats:.4}"));
+    environment.add_filter("parameters", parameters);
+    environment.add_filter("fence", fence);
+}
+
+/// Text from outside, so that it cannot become markup, end a table cell or start a new line.
+pub fn markdown(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    let characters: Vec<char> = text.split_whitespace().collect::<Vec<_>>().join(" ").chars().collect();
+    for (index, &c) in characters.iter().enumerate() {
+        // An underscore inside a word is none of Markdown's business.
+        let in_word =
+            |i: Option<usize>| i.and_then(|i| characters.get(i)).is_some_and(|c| c.is_alphanumeric());
+        let is_emphasis = c == '_' && !(in_word(index.checked_sub(1)) && in_word(Some(index + 1)));
+        if MARKUP.contains(&c) || is_emphasis {
+            escaped.push('\\');
+        }
+        escaped.push(c);
+    }
+    escaped
+}
+
+/// A fence for a code block that no line of `text` can close.
+fn fence(text: &str) -> String {
+    let longest = text.split(|c| c != '`').map(str::len).max().unwrap_or(0);
+    "`".repeat(3.max(longest + 1))
+}
+
+/// Bytes in GB of 10^9 bytes.
+pub fn gb(bytes: f64) -> String {
+    format!("{:.2}", bytes / 1e9)
+}
+
+/// Three significant digits, without an exponent.
+pub fn significant(value: f64) -> String {
+    if value == 0.0 {
+        return "0".to_owned();
+    }
+    let magnitude = value.abs().log10().floor() as i32;
+    let decimals = (2 - magnitude).clamp(0, 6) as usize;
+    let text = format!("{value:.decimals$}");
+    // 9.996 is rounded up to 10.00: one digit too many.
+    let rounded_up = text.parse::<f64>().is_ok_and(|v| v.abs().log10().floor() as i32 > magnitude);
+    if rounded_up && decimals > 0 { format!("{value:.*}", decimals - 1) } else { text }
+}
+
+pub fn points(score: f64) -> String {
+    format!("{score:.1}")
+}
+
+/// A share of 1 in percent.
+pub fn percent(share: f64) -> String {
+    format!("{:.0} %", share * 100.0)
+}
+
+/// At most two decimals, and none that are zero: `16`, `0.25`.
+pub fn plain(value: f64) -> String {
+    format!("{}", (value * 100.0).round() / 100.0)
+}
+
+/// Bytes in GB, or in MB where GB would say nothing.
+fn size(bytes: f64) -> String {
+    if bytes < 1e8 { format!("{} MB", significant(bytes / 1e6)) } else { format!("{} GB", gb(bytes)) }
+}
+
+pub fn parameters(count: u64) -> String {
+    match count {
+        1_000_000_000.. => format!("{:.2} billion", count as f64 / 1e9),
+        _ => format!("{} million", significant(count as f64 / 1e6)),
+    }
+}
+
+/// `a`, `a and b`, `a, b and c`.
+pub fn list(items: &[String]) -> String {
+    match items {
+        [] => String::new(),
+        [only] => only.clone(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
+}
+
+/// A link target: whatever is not plainly safe in a path is percent-encoded.
+pub fn link(path: &str) -> String {
+    let mut encoded = String::with_capacity(path.len());
+    for byte in path.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'/' => {
+                encoded.push(char::from(byte))
+            }
+            _ => encoded += &format!("%{byte:02X}"),
+        }
+    }
+    encoded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn foreign_text_cannot_break_out_of_a_table_cell() {
+        assert_eq!(markdown("a|b `c`\n*d*"), r"a\|b \`c\` \*d\*");
+        assert_eq!(markdown("<b> & [x](y)"), r"\<b\> \& \[x\](y)");
+        assert_eq!(markdown("model.layers.0_a _b_"), r"model.layers.0_a \_b\_");
+    }
+
+    #[test]
+    fn a_fence_is_longer_than_any_in_the_text() {
+        assert_eq!(fence("plain"), "```");
+        assert_eq!(fence("```` x ``"), "`````");
+    }
+
+    #[test]
+    fn three_significant_digits() {
+        let cases = [(1234.5, "1234"), (123.4, "123"), (12.34, "12.3"), (1.0, "1.00"), (0.01234, "0.0123")];
+        for (value, expected) in cases {
+            assert_eq!(significant(value), expected);
+        }
+        assert_eq!(significant(9.996), "10.0");
+        assert_eq!(significant(0.0), "0");
+    }
+
+    #[test]
+    fn links_are_encoded() {
+        assert_eq!(link("my run/charts/a (1).svg"), "my%20run/charts/a%20%281%29.svg");
+    }
+}

@@ -1,0 +1,217 @@
+//! The sentences of the decision. Each is built from the record; names are made safe for Markdown here.
+
+use super::facts::Facts;
+use super::format::{gb, list, markdown, parameters, plain, points, significant};
+use crate::decide::Decision;
+use crate::decide::ranking::{Dominated, Excluded, Lead, Missing, Ranking, Verdict, Winner};
+use crate::decide::score::{Basis, Score};
+
+/// How the total decides, in one sentence.
+pub const RULE: &str = "An engine wins only if its lowest possible total, with everything unknown at 0, is above \
+the highest possible total of every other engine, with everything unknown at 10; otherwise there is no clear winner.";
+
+/// The decision and what speaks beside it, one paragraph each.
+pub fn summary(decision: &Decision) -> Vec<String> {
+    let Some(headline) = decision.headline() else {
+        let why = "Every engine of this run is a software adapter, and those are in no ranking.";
+        return vec![format!("**No decision.** {why}")];
+    };
+    let mut paragraphs = vec![verdict(headline), beside(headline, decision)];
+    paragraphs.extend(decision.rankings[1..].iter().map(verdict));
+    paragraphs.retain(|p| !p.is_empty());
+    paragraphs
+}
+
+/// What the ranking says, with what is needed to say more.
+fn verdict(ranking: &Ranking) -> String {
+    let model = markdown(&ranking.model);
+    match &ranking.verdict {
+        Verdict::NoCandidate => {
+            format!("**No decision on {model}.** No engine passed the knock-outs: {}.", knocked_out(ranking))
+        }
+        Verdict::OnlyOne { engine } => {
+            let others = match ranking.knocked_out.len() {
+                0 => "No other engine is in the record".to_owned(),
+                1 => "The one other engine in the record is knocked out".to_owned(),
+                n => format!("The {n} other engines in the record are knocked out"),
+            };
+            format!(
+                "**Only {} is left to choose on {model}.** {others}: this is a choice for want of another, \
+                 not the result of a comparison.",
+                markdown(engine)
+            )
+        }
+        Verdict::Winner { engine, margin } => format!(
+            "**Choose {}** (on {model}). With everything that is unknown held against it, it is still {} points \
+             of 10 ahead of every other engine.",
+            markdown(engine),
+            points(*margin)
+        ),
+        Verdict::NoClearWinner { obstacle, lead, missing } => {
+            no_clear_winner(ranking, obstacle, lead, missing)
+        }
+    }
+}
+
+fn no_clear_winner(
+    ranking: &Ranking,
+    obstacle: &Option<String>,
+    lead: &Option<Lead>,
+    missing: &[Missing],
+) -> String {
+    let engines: Vec<String> = ranking.candidates.iter().map(|c| markdown(&c.engine)).collect();
+    let mut text = format!("**No clear winner** between {} on {}.", list(&engines), markdown(&ranking.model));
+    match (obstacle, lead) {
+        (Some(obstacle), _) => text += &format!(" They cannot be compared: {}.", markdown(obstacle)),
+        (None, Some(lead)) => text += &format!(" {}", lead_sentence(lead)),
+        (None, None) if is_tie(ranking) => text += " In every criterion that was measured they tie.",
+        (None, None) => text += " In what was measured, none is ahead of all others on equal evidence.",
+    }
+    if let Some(engine) = undominated(ranking) {
+        text += &format!(
+            " If you must choose now, take {}: {} dominated.",
+            markdown(engine),
+            if engines.len() == 2 { "the other one is" } else { "all others are" }
+        );
+    }
+    if !missing.is_empty() {
+        let names: Vec<String> =
+            missing.iter().map(|m| format!("{} ({} %)", lower(&m.title), plain(m.weight))).collect();
+        text += &format!(" To decide, measure what is missing: {}.", list(&names));
+    }
+    text
+}
+
+/// The engine that is left when the dominated ones are taken away.
+fn undominated(ranking: &Ranking) -> Option<&str> {
+    let is_dominated = |engine: &str| ranking.dominated.iter().any(|d| d.engine == engine);
+    let mut left = ranking.candidates.iter().map(|c| c.engine.as_str()).filter(|e| !is_dominated(e));
+    left.next().filter(|_| left.next().is_none())
+}
+
+fn knocked_out(ranking: &Ranking) -> String {
+    let reason = |e: &Excluded| {
+        let titles: Vec<String> = e.reasons.iter().map(|r| r.title.to_owned()).collect();
+        format!("{} ({})", markdown(&e.engine), list(&titles))
+    };
+    list(&ranking.knocked_out.iter().map(reason).collect::<Vec<_>>())
+}
+
+fn lead_sentence(lead: &Lead) -> String {
+    format!(
+        "{} leads by {} points of 10 in what was measured; {} draws level if it is on average {} points better in \
+         the {} % of the weight that is unknown.",
+        markdown(&lead.engine),
+        points(lead.points),
+        markdown(&lead.runner_up),
+        points(lead.to_overturn),
+        plain(lead.unknown_weight)
+    )
+}
+
+/// Whether everything that was measured of any candidate was measured of all, and came out equal.
+fn is_tie(ranking: &Ranking) -> bool {
+    ranking.winners.iter().all(|w| matches!(w, Winner::Tie | Winner::NotMeasured))
+        && ranking.winners.contains(&Winner::Tie)
+}
+
+/// Speed and memory of the candidates, and who is dominated.
+fn beside(ranking: &Ranking, decision: &Decision) -> String {
+    let mut sentences = Vec::new();
+    if let Some(speed) = ranking.speed.as_ref().filter(|s| s.engines.len() > 1) {
+        let (fastest, slowest) = (&speed.engines[0], &speed.engines[speed.engines.len() - 1]);
+        sentences.push(format!(
+            "{} trains {} times as fast as {} ({} against {} tokens/s in {}); speed has no score yet.",
+            markdown(&fastest.engine),
+            significant(fastest.times_the_slowest),
+            markdown(&slowest.engine),
+            significant(fastest.real_tokens.median),
+            significant(slowest.real_tokens.median),
+            markdown(&speed.scenario)
+        ));
+    }
+    let peaks: Vec<String> = ranking
+        .candidates
+        .iter()
+        .filter_map(|c| {
+            let value = c.scores.iter().find_map(|s| match s {
+                Score::Measured { basis: Basis::Metric { value, .. }, .. } => Some(value * 1e9),
+                _ => None,
+            })?;
+            Some(format!("{} {} GB", markdown(&c.engine), gb(value)))
+        })
+        .collect();
+    if !peaks.is_empty() {
+        let target = plain(decision.memory_target_bytes as f64 / 1e9);
+        sentences.push(format!("Peak memory in training, of {target} GB: {}.", list(&peaks)));
+    }
+    sentences.extend(ranking.dominated.iter().map(dominated));
+    if !ranking.candidates.is_empty() && !ranking.knocked_out.is_empty() {
+        sentences.push(format!("Knocked out: {}.", knocked_out(ranking)));
+    }
+    sentences.join(" ")
+}
+
+pub fn dominated(d: &Dominated) -> String {
+    let worse: Vec<String> = d.worse_in.iter().map(|w| lower(w)).collect();
+    format!(
+        "{} is dominated by {}: in what was measured it is nowhere better, and worse in {}.",
+        markdown(&d.engine),
+        markdown(&d.by),
+        list(&worse)
+    )
+}
+
+/// What the decision does not cover, one sentence each.
+pub fn limits(decision: &Decision, facts: &Facts) -> Vec<String> {
+    let ranking = decision.headline();
+    let mut limits = Vec::new();
+    if facts.models.iter().all(|m| m.synthetic) {
+        limits.push("The weights are random: speed and memory hold, text quality was not judged.".to_owned());
+    }
+    if facts.ok_cells > 0 && facts.all_on_cpu() {
+        limits.push(
+            "Everything ran on the CPU. Nothing here says how the engines compare on a GPU.".to_owned(),
+        );
+    }
+    if let Some(ranking) = ranking.filter(|r| r.parameters > 0 && decision.rankings.len() == 1) {
+        limits.push(format!(
+            "One model size was compared ({} parameters). Whether a larger one fits is open.",
+            parameters(ranking.parameters)
+        ));
+    }
+    if let Some(steps) = ranking.and_then(fewest_steps) {
+        limits.push(format!("The training speed of each engine is a median over at least {steps} steps."));
+    }
+    if !decision.software_adapters.is_empty() && ranking.is_some() {
+        let names: Vec<String> = decision.software_adapters.iter().map(|e| markdown(e)).collect();
+        limits.push(format!("Not compared, because it ran on a software adapter: {}.", list(&names)));
+    }
+    if facts.builds.len() > 1 {
+        limits.push("The cells come from different builds of evalfw.".to_owned());
+    }
+    if facts.builds.iter().any(|b| b.commit.as_ref().is_some_and(|c| c.ends_with("-dirty"))) {
+        limits.push("The build had changes that are in no commit.".to_owned());
+    }
+    match facts.cells - facts.ok_cells - facts.unavailable_cells {
+        0 => {}
+        1 => limits.push(format!("1 of {} cells ran and did not end ok.", facts.cells)),
+        n => limits.push(format!("{n} of {} cells ran and did not end ok.", facts.cells)),
+    }
+    limits
+}
+
+fn fewest_steps(ranking: &Ranking) -> Option<usize> {
+    ranking.speed.as_ref()?.engines.iter().map(|e| e.real_tokens.n).min()
+}
+
+/// A title in the middle of a sentence; `QLoRA` stays as it is.
+fn lower(title: &str) -> String {
+    let mut characters = title.chars();
+    match (characters.next(), characters.clone().next()) {
+        (Some(first), Some(second)) if !second.is_uppercase() => {
+            first.to_lowercase().chain(characters).collect()
+        }
+        _ => title.to_owned(),
+    }
+}

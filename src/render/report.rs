@@ -1,0 +1,179 @@
+//! The decision report.
+
+use super::charts::{self, Chart, Kind};
+use super::facts::Facts;
+use super::format::{add_filters, link};
+use super::prose;
+use super::tables::{ModelTables, Trouble, troubles};
+use super::trace::{Lines, TraceRow, record_file, rows};
+use crate::decide::criteria::Criteria;
+use crate::decide::jobs::{Job, arrange, models};
+use crate::decide::{Decision, decide};
+use crate::record::{self, CellRecord, ModelRecord};
+use anyhow::{Context, Result};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{UndefinedBehavior, context};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+const TEMPLATE_NAME: &str = "report.md.j2";
+const TEMPLATE: &str = include_str!("../../reports/report.md.j2");
+
+/// Everything the report says, as data.
+#[derive(Debug, Clone, Serialize)]
+pub struct Findings {
+    pub criteria: Criteria,
+    pub decision: Decision,
+    pub facts: Facts,
+    /// Figures of engines that can be compared, by model from large to small.
+    pub models: Vec<ModelTables>,
+    /// Figures of software adapters, apart.
+    pub software: Vec<ModelTables>,
+    pub troubles: Vec<Trouble>,
+    pub trace: Vec<TraceRow>,
+}
+
+/// A report that is not on disk yet.
+#[derive(Debug, Clone)]
+pub struct Report {
+    pub markdown: String,
+    pub charts: Vec<Chart>,
+    pub findings: Findings,
+}
+
+/// Renders the report of `run` (a run's folder, or the record in it). `link_prefix` leads from the
+/// report's folder to the record's: empty, or ending in `/`.
+pub fn render(run: &Path, link_prefix: &str, criteria: &Criteria) -> Result<Report> {
+    let file = record_file(run);
+    let cells = record::read(&file)?;
+    let lines = Lines::read(&file)?;
+    let findings = Findings::of(&cells, &lines, criteria.clone());
+    let charts = draw(&cells, &findings.decision)?;
+    let record_name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let markdown = markdown(&findings, &charts, lines, link_prefix, &record_name)?;
+    Ok(Report { markdown, charts, findings })
+}
+
+/// Renders the report and writes it to `output`, and its charts beside the record.
+pub fn write(run: &Path, output: &Path, link_prefix: &str, criteria: &Criteria) -> Result<Report> {
+    let report = render(run, link_prefix, criteria)?;
+    let folder = record_file(run).parent().map(Path::to_owned).unwrap_or_default();
+    for chart in &report.charts {
+        write_file(&folder.join(&chart.file), &chart.svg)?;
+    }
+    write_file(output, &report.markdown)?;
+    Ok(report)
+}
+
+fn write_file(path: &Path, text: &str) -> Result<()> {
+    let parent: PathBuf = path.parent().map(Path::to_owned).unwrap_or_default();
+    let written = match parent.as_os_str().is_empty() {
+        true => Ok(()),
+        false => std::fs::create_dir_all(&parent),
+    };
+    written
+        .and_then(|()| std::fs::write(path, text))
+        .with_context(|| format!("{}: cannot be written", path.display()))
+}
+
+impl Findings {
+    pub fn of(cells: &[CellRecord], lines: &Lines, criteria: Criteria) -> Self {
+        let decision = decide(cells, &criteria);
+        let jobs = arrange(cells);
+        let models: Vec<ModelRecord> = models(&jobs).into_iter().cloned().collect();
+        let tables = |software: bool| {
+            let of_model = |model: &ModelRecord| {
+                let own = jobs
+                    .iter()
+                    .filter(|j| j.model.name == model.name && decision.is_software(j.engine) == software);
+                let own: Vec<&Job> = own.collect();
+                let tables = || ModelTables::of(model, &own, criteria.memory_target_bytes(), lines);
+                (!own.is_empty()).then(tables)
+            };
+            models.iter().rev().filter_map(of_model).collect()
+        };
+        Self {
+            facts: Facts::of(cells, models.clone()),
+            models: tables(false),
+            software: tables(true),
+            troubles: troubles(&jobs, lines),
+            trace: rows(cells, lines),
+            decision,
+            criteria,
+        }
+    }
+}
+
+/// The charts of each model. Software adapters have a memory chart of their own, on a model that no
+/// other engine ran; the losses of all engines are numerics and stand on one axis.
+fn draw(cells: &[CellRecord], decision: &Decision) -> Result<Vec<Chart>> {
+    let jobs = arrange(cells);
+    let comparable: Vec<Job> = jobs.iter().filter(|j| !decision.is_software(j.engine)).cloned().collect();
+    // Those that are compared come first and get the colours that differ most.
+    let mut engines: Vec<&str> = jobs.iter().filter(|j| j.ok().next().is_some()).map(|j| j.engine).collect();
+    engines.sort_by_key(|e| (decision.is_software(e), *e));
+    engines.dedup();
+    let mut all = Vec::new();
+    for model in models(&jobs).iter().rev().map(|m| m.name.as_str()) {
+        let is_compared = comparable.iter().any(|j| j.model.name == model);
+        let memory_jobs = if is_compared { &comparable } else { &jobs };
+        all.extend(charts::memory(memory_jobs, model, &engines, decision.memory_target_bytes)?);
+        all.extend(charts::loss(&jobs, model, &engines)?);
+    }
+    Ok(all)
+}
+
+fn markdown(
+    findings: &Findings,
+    charts: &[Chart],
+    lines: Lines,
+    link_prefix: &str,
+    record_name: &str,
+) -> Result<String> {
+    let mut environment = minijinja::Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    // A line that holds only a tag leaves nothing behind.
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
+    environment.set_syntax(syntax);
+    add_filters(&mut environment);
+    environment.add_function("line_of", move |cell: &str| lines.line(cell));
+    environment.add_template(TEMPLATE_NAME, TEMPLATE)?;
+    let template = environment.get_template(TEMPLATE_NAME)?;
+    let linked = |kind: Kind| -> BTreeMap<&str, String> {
+        let of_kind = charts.iter().filter(|c| c.kind == kind);
+        of_kind.map(|c| (c.model.as_str(), link(&format!("{link_prefix}{}", c.file)))).collect()
+    };
+    let dominated: Vec<Vec<String>> = findings
+        .decision
+        .rankings
+        .iter()
+        .map(|r| r.dominated.iter().map(prose::dominated).collect())
+        .collect();
+    let rendered = template.render(context! {
+        f => Serde(findings),
+        summary => prose::summary(&findings.decision),
+        limits => prose::limits(&findings.decision, &findings.facts),
+        rule => prose::RULE,
+        dominated,
+        record => link(&format!("{link_prefix}{record_name}")),
+        memory_charts => Serde(linked(Kind::Memory)),
+        loss_charts => Serde(linked(Kind::Loss)),
+    })?;
+    Ok(collapse_blank_lines(&rendered))
+}
+
+/// Sections that are left out leave blank lines behind.
+fn collapse_blank_lines(text: &str) -> String {
+    let mut lines: Vec<&str> = Vec::new();
+    for line in text.lines().map(str::trim_end) {
+        if !(line.is_empty() && lines.last().is_none_or(|last| last.is_empty())) {
+            lines.push(line);
+        }
+    }
+    let mut collapsed = lines.join("\n");
+    collapsed.truncate(collapsed.trim_end().len());
+    collapsed.push('\n');
+    collapsed
+}

@@ -1,0 +1,393 @@
+//! The measured figures of one model, as rows.
+
+use super::trace::{CellRef, Lines};
+use crate::decide::figures::{Footprint, InferFigures, LoadFigures, TrainFigures};
+use crate::decide::jobs::Job;
+use crate::measure::memory::PhaseMemory;
+use crate::record::{CellRecord, LoadSample, ModelRecord, Outcome};
+use evalfw_engine::protocol::Quantization;
+use serde::Serialize;
+
+/// The order in which phases come; others follow as they appear.
+const PHASES: &[&str] = &["start", "load", "attach", "train", "evaluate", "prefill", "decode"];
+
+/// All tables of one model.
+#[derive(Debug, Clone, Serialize)]
+pub struct ModelTables {
+    pub model: ModelRecord,
+    pub verdicts: Vec<VerdictRow>,
+    pub phases: Vec<PhaseTable>,
+    pub load: Vec<LoadRow>,
+    pub train: Vec<TrainRow>,
+    pub losses: Vec<LossRow>,
+    pub agreement: Vec<LossAgreement>,
+    pub infer: Vec<InferRow>,
+}
+
+impl ModelTables {
+    /// `jobs` are of `model` alone.
+    pub fn of(model: &ModelRecord, jobs: &[&Job], target_bytes: u64, lines: &Lines) -> Self {
+        Self {
+            model: model.clone(),
+            verdicts: verdicts(jobs, target_bytes, lines),
+            phases: ["load", "train", "infer"]
+                .iter()
+                .filter_map(|k| PhaseTable::of(k, jobs, lines))
+                .collect(),
+            load: load_rows(jobs, lines),
+            train: jobs.iter().filter_map(|j| TrainRow::of(j, lines)).collect(),
+            losses: jobs.iter().filter_map(|j| LossRow::of(j, lines)).collect(),
+            agreement: agreement(jobs),
+            infer: jobs.iter().filter_map(|j| InferRow::of(j, lines)).collect(),
+        }
+    }
+}
+
+/// Does the engine stay within the memory target?
+#[derive(Debug, Clone, Serialize)]
+pub struct VerdictRow {
+    pub engine: String,
+    pub quantization: Quantization,
+    pub verdict: Fit,
+    /// The largest of all jobs that ended ok.
+    pub bytes: Option<u64>,
+    /// The true peak may be higher: a GPU's own memory is known at the end only.
+    pub at_least: bool,
+    pub scenario: Option<String>,
+    /// Target minus peak.
+    pub headroom_bytes: Option<i64>,
+    /// Host memory beside the GPU's own.
+    pub host_bytes: Option<u64>,
+    /// Scenarios that ran out of memory.
+    pub out_of_memory: Vec<String>,
+    pub outcomes: String,
+    pub source: Option<CellRef>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fit {
+    Fits,
+    Over,
+    NotMeasured,
+}
+
+fn verdicts(jobs: &[&Job], target_bytes: u64, lines: &Lines) -> Vec<VerdictRow> {
+    let mut keys: Vec<(&str, Quantization)> = jobs.iter().map(|j| (j.engine, j.quantization)).collect();
+    keys.sort_by_key(|(engine, quantization)| (*engine, std::cmp::Reverse(*quantization)));
+    keys.dedup();
+    let row = |(engine, quantization)| {
+        let own: Vec<&Job> =
+            jobs.iter().copied().filter(|j| j.engine == engine && j.quantization == quantization).collect();
+        verdict(&own, target_bytes, lines)
+    };
+    keys.into_iter().filter_map(row).collect()
+}
+
+/// `jobs` are those of one engine.
+fn verdict(jobs: &[&Job], target_bytes: u64, lines: &Lines) -> Option<VerdictRow> {
+    let first = jobs.first()?;
+    let largest = jobs.iter().filter_map(|j| Footprint::of_job(j)).max_by_key(|(f, _)| f.bytes());
+    let (footprint, cell) = largest.unzip();
+    let footprint = footprint.unwrap_or(Footprint::Unknown);
+    let bytes = footprint.bytes();
+    let at_least = matches!(footprint, Footprint::AtLeast { .. });
+    let verdict = match bytes {
+        Some(bytes) if bytes > target_bytes => Fit::Over,
+        Some(_) if !at_least => Fit::Fits,
+        _ => Fit::NotMeasured,
+    };
+    let ran_out = |j: &&&Job| j.cells.iter().any(|c| c.outcome == Outcome::Oom);
+    let cells: Vec<&CellRecord> = jobs.iter().flat_map(|j| j.cells.iter().copied()).collect();
+    let measured = cell.filter(|_| bytes.is_some());
+    Some(VerdictRow {
+        engine: first.engine.to_owned(),
+        quantization: first.quantization,
+        verdict,
+        bytes,
+        at_least,
+        scenario: measured.map(|c| c.scenario.clone()),
+        headroom_bytes: bytes.filter(|_| !at_least).map(|b| target_bytes as i64 - b as i64),
+        host_bytes: measured.filter(|_| at_least).and_then(|c| c.peak_memory_bytes),
+        out_of_memory: jobs.iter().filter(ran_out).map(|j| j.scenario.to_owned()).collect(),
+        outcomes: crate::decide::jobs::outcomes(&cells),
+        source: measured.map(|c| lines.refer(c)),
+    })
+}
+
+/// Memory by phase of all jobs of one kind, each from the repetition with the highest peak.
+#[derive(Debug, Clone, Serialize)]
+pub struct PhaseTable {
+    pub kind: String,
+    pub phases: Vec<String>,
+    pub rows: Vec<PhaseRow>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct PhaseRow {
+    pub engine: String,
+    pub job: String,
+    /// In the order of the table's phases.
+    pub figures: Vec<Option<PhaseMemory>>,
+    pub source: CellRef,
+}
+
+impl PhaseTable {
+    fn of(kind: &str, jobs: &[&Job], lines: &Lines) -> Option<Self> {
+        let chosen: Vec<(&Job, &CellRecord)> = jobs
+            .iter()
+            .filter(|j| j.is_kind(kind))
+            .filter_map(|j| Some((*j, highest(j)?)))
+            .filter(|(_, cell)| !cell.samples.phases.is_empty())
+            .collect();
+        let seen = |name: &str| chosen.iter().any(|(_, c)| c.samples.phases.iter().any(|p| p.name == name));
+        let mut phases: Vec<String> = PHASES.iter().filter(|n| seen(n)).map(|n| n.to_string()).collect();
+        for phase in chosen.iter().flat_map(|(_, c)| &c.samples.phases) {
+            if !phases.contains(&phase.name) {
+                phases.push(phase.name.clone());
+            }
+        }
+        let row = |(job, cell): &(&Job, &CellRecord)| PhaseRow {
+            engine: job.engine.to_owned(),
+            job: job.label(),
+            figures: phases.iter().map(|name| phase(cell, name)).collect(),
+            source: lines.refer(cell),
+        };
+        let rows: Vec<PhaseRow> = chosen.iter().map(row).collect();
+        (!rows.is_empty()).then(|| Self { kind: kind.to_owned(), phases, rows })
+    }
+}
+
+/// The repetition with the highest peak; of equal ones the first.
+fn highest<'a>(job: &Job<'a>) -> Option<&'a CellRecord> {
+    job.ok().max_by_key(|c| (c.peak_memory_bytes, std::cmp::Reverse(c.repetition)))
+}
+
+/// A phase that came several times: the highest peak, and the parts at the last end.
+fn phase(cell: &CellRecord, name: &str) -> Option<PhaseMemory> {
+    let mut of_name = cell.samples.phases.iter().filter(|p| p.name == name);
+    let mut merged = of_name.next()?.clone();
+    for next in of_name {
+        merged.peak_bytes = merged.peak_bytes.max(next.peak_bytes);
+        merged.seconds += next.seconds;
+        merged.anonymous_bytes = next.anonymous_bytes;
+        merged.file_bytes = next.file_bytes;
+    }
+    Some(merged)
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct LoadRow {
+    pub engine: String,
+    pub quantization: Quantization,
+    /// `warm` or `unknown`.
+    pub page_cache: String,
+    pub figures: LoadFigures,
+    pub cells: Vec<CellRef>,
+}
+
+fn load_rows(jobs: &[&Job], lines: &Lines) -> Vec<LoadRow> {
+    let loads: Vec<(&CellRecord, &LoadSample)> = jobs
+        .iter()
+        .flat_map(|j| j.ok())
+        .filter_map(|cell| Some((cell, cell.samples.load.as_ref()?)))
+        .collect();
+    let key = |cell: &CellRecord, load: &LoadSample| {
+        (cell.engine.clone(), cell.quantization, load.page_cache.clone())
+    };
+    let mut keys: Vec<_> = loads.iter().map(|(cell, load)| key(cell, load)).collect();
+    keys.sort();
+    keys.dedup();
+    let row = |wanted: (String, Quantization, String)| {
+        let own = || loads.iter().filter(|(cell, load)| key(cell, load) == wanted);
+        let samples: Vec<&LoadSample> = own().map(|(_, load)| *load).collect();
+        Some(LoadRow {
+            figures: LoadFigures::of(&samples)?,
+            cells: sorted(own().map(|(cell, _)| lines.refer(cell)).collect()),
+            engine: wanted.0,
+            quantization: wanted.1,
+            page_cache: wanted.2,
+        })
+    };
+    keys.into_iter().filter_map(row).collect()
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct TrainRow {
+    pub engine: String,
+    pub job: String,
+    pub outcomes: String,
+    pub figures: TrainFigures,
+    pub cells: Vec<CellRef>,
+}
+
+impl TrainRow {
+    fn of(job: &Job, lines: &Lines) -> Option<Self> {
+        Some(Self {
+            engine: job.engine.to_owned(),
+            job: job.label(),
+            outcomes: job.outcomes(),
+            figures: TrainFigures::of(job)?,
+            cells: ok_cells(job, lines),
+        })
+    }
+}
+
+/// The losses of the first repetition that ended ok; the seed is the same in all.
+#[derive(Debug, Clone, Serialize)]
+pub struct LossRow {
+    pub engine: String,
+    pub job: String,
+    pub steps: usize,
+    /// Mean nats per supervised position.
+    pub first: f64,
+    pub last: f64,
+    /// On the validation set, before the first step and after the last.
+    pub evaluation_before: Option<f64>,
+    pub evaluation_after: Option<f64>,
+    pub source: CellRef,
+}
+
+impl LossRow {
+    fn of(job: &Job, lines: &Lines) -> Option<Self> {
+        let cell = job.ok().find(|c| !c.samples.train.is_empty())?;
+        let evaluations = &cell.samples.evaluations;
+        Some(Self {
+            engine: job.engine.to_owned(),
+            job: job.label(),
+            steps: cell.samples.train.len(),
+            first: cell.samples.train.first()?.loss,
+            last: cell.samples.train.last()?.loss,
+            evaluation_before: evaluations.iter().find(|e| e.after_steps == 0).map(|e| e.loss),
+            evaluation_after: evaluations.iter().rfind(|e| e.after_steps > 0).map(|e| e.loss),
+            source: lines.refer(cell),
+        })
+    }
+}
+
+/// How far the engines' losses lie apart. They train on the same tokens from the same adapter with the
+/// same dropout masks, so that the distance is numerics.
+#[derive(Debug, Clone, Serialize)]
+pub struct LossAgreement {
+    pub job: String,
+    pub engines: Vec<String>,
+    pub steps: usize,
+    /// Largest distance between two engines at one step, in nats.
+    pub largest_difference: f64,
+    pub at_step: u64,
+}
+
+fn agreement(jobs: &[&Job]) -> Vec<LossAgreement> {
+    let mut labels: Vec<String> = jobs.iter().filter(|j| j.is_kind("train")).map(|j| j.label()).collect();
+    labels.sort();
+    labels.dedup();
+    labels.into_iter().filter_map(|label| agreement_on(label, jobs)).collect()
+}
+
+fn agreement_on<'a>(label: String, jobs: &[&Job<'a>]) -> Option<LossAgreement> {
+    let curve = |job: &Job<'a>| {
+        let cell: &'a CellRecord = job.ok().find(|c| !c.samples.train.is_empty())?;
+        Some((job.engine.to_owned(), &cell.samples.train))
+    };
+    let own = jobs.iter().filter(|j| j.is_kind("train") && j.label() == label);
+    let (engines, curves): (Vec<String>, Vec<_>) = own.filter_map(|j| curve(j)).unzip();
+    let steps = curves.iter().map(|c| c.len()).min()?;
+    let distance = |step: usize| {
+        let losses = || curves.iter().map(|c| c[step].loss);
+        losses().fold(f64::NEG_INFINITY, f64::max) - losses().fold(f64::INFINITY, f64::min)
+    };
+    let largest = (0..steps).max_by(|a, b| distance(*a).total_cmp(&distance(*b)))?;
+    (engines.len() > 1).then(|| LossAgreement {
+        job: label,
+        engines,
+        steps,
+        largest_difference: distance(largest),
+        at_step: curves[0][largest].step,
+    })
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct InferRow {
+    pub engine: String,
+    pub job: String,
+    pub outcomes: String,
+    pub figures: InferFigures,
+    pub cells: Vec<CellRef>,
+}
+
+impl InferRow {
+    fn of(job: &Job, lines: &Lines) -> Option<Self> {
+        Some(Self {
+            engine: job.engine.to_owned(),
+            job: job.label(),
+            outcomes: job.outcomes(),
+            figures: InferFigures::of(job)?,
+            cells: ok_cells(job, lines),
+        })
+    }
+}
+
+/// Cells that did not end ok, for the same reason.
+#[derive(Debug, Clone, Serialize)]
+pub struct Trouble {
+    pub engine: String,
+    pub model: String,
+    pub outcome: Outcome,
+    pub scenarios: Vec<String>,
+    pub during: Option<String>,
+    pub message: Option<String>,
+    pub advice: Option<String>,
+    pub stderr_tail: Vec<String>,
+    /// Largest memory until it ended.
+    pub peak_bytes: Option<u64>,
+    pub cells: Vec<CellRef>,
+}
+
+pub fn troubles(jobs: &[Job], lines: &Lines) -> Vec<Trouble> {
+    let mut all: Vec<Trouble> = Vec::new();
+    for cell in jobs.iter().flat_map(|j| &j.cells).filter(|c| c.outcome != Outcome::Ok) {
+        let error = cell.error.as_ref();
+        let (during, message) = (error.map(|e| e.during.clone()), error.map(|e| e.message.clone()));
+        let same = |t: &Trouble| {
+            t.engine == cell.engine
+                && t.model == cell.model.name
+                && t.outcome == cell.outcome
+                && t.during == during
+                && t.message == message
+        };
+        let trouble = match all.iter().position(same) {
+            Some(index) => &mut all[index],
+            None => {
+                all.push(Trouble {
+                    engine: cell.engine.clone(),
+                    model: cell.model.name.clone(),
+                    outcome: cell.outcome,
+                    scenarios: Vec::new(),
+                    during,
+                    message,
+                    advice: error.and_then(|e| e.advice.clone()),
+                    stderr_tail: error.map(|e| e.stderr_tail.clone()).unwrap_or_default(),
+                    peak_bytes: None,
+                    cells: Vec::new(),
+                });
+                let last = all.len() - 1;
+                &mut all[last]
+            }
+        };
+        trouble.peak_bytes = trouble.peak_bytes.max(cell.peak_memory_bytes);
+        trouble.cells.push(lines.refer(cell));
+        if !trouble.scenarios.contains(&cell.scenario) {
+            trouble.scenarios.push(cell.scenario.clone());
+        }
+    }
+    all
+}
+
+fn ok_cells(job: &Job, lines: &Lines) -> Vec<CellRef> {
+    sorted(job.ok().map(|c| lines.refer(c)).collect())
+}
+
+fn sorted(mut cells: Vec<CellRef>) -> Vec<CellRef> {
+    cells.sort_by_key(|c| c.line);
+    cells
+}

@@ -1,0 +1,290 @@
+//! The decision moves as the record does.
+
+use crate::records::{Engine, ended, infer, load, tiny, train, unavailable};
+use evalfw::decide::criteria::Criteria;
+use evalfw::decide::knockout::Rule;
+use evalfw::decide::ranking::{Ranking, Verdict, Winner};
+use evalfw::decide::score::Score;
+use evalfw::decide::{Decision, decide};
+use evalfw::record::{CellRecord, Outcome};
+use evalfw_engine::protocol::{DeviceKind, DeviceMemory};
+use std::io::Write;
+
+fn decision(cells: &[CellRecord]) -> Decision {
+    decide(cells, &Criteria::built_in().unwrap())
+}
+
+fn headline(cells: &[CellRecord]) -> Ranking {
+    decision(cells).headline().unwrap().clone()
+}
+
+fn cells(engines: &[Engine]) -> Vec<CellRecord> {
+    engines.iter().flat_map(Engine::cells).collect()
+}
+
+fn lean() -> Engine {
+    Engine::new("lean", 2.0, 1.0)
+}
+
+fn fat() -> Engine {
+    Engine::new("fat", 11.0, 4.0)
+}
+
+/// Criteria that are all measured: memory alone.
+fn memory_only() -> Criteria {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    let text = r#"
+        memory_target_gb = 16.0
+        [[criteria]]
+        id = "memory"
+        title = "Memory"
+        question = "How much?"
+        weight = 100
+        metric = "peak_training_memory_gb"
+        anchors = [
+            { value = 16.0, score = 0.0, reason = "full", source = "the target" },
+            { value = 6.0, score = 10.0, reason = "roomy", source = "the target" },
+        ]
+    "#;
+    file.write_all(text.as_bytes()).unwrap();
+    Criteria::read(file.path()).unwrap()
+}
+
+fn score(ranking: &Ranking, engine: &str, criterion: usize) -> Score {
+    ranking.candidates.iter().find(|c| c.engine == engine).unwrap().scores[criterion].clone()
+}
+
+const MEMORY: usize = 1;
+const QLORA: usize = 3;
+
+#[test]
+fn with_criteria_missing_the_better_engine_leads_but_does_not_win() {
+    let ranking = headline(&cells(&[lean(), fat()]));
+    assert_eq!(score(&ranking, "lean", MEMORY).value(), Some(10.0));
+    assert_eq!(score(&ranking, "fat", MEMORY).value(), Some(5.0));
+    let Verdict::NoClearWinner { lead: Some(lead), missing, .. } = &ranking.verdict else {
+        panic!("{:?}", ranking.verdict)
+    };
+    assert_eq!((lead.engine.as_str(), lead.runner_up.as_str()), ("lean", "fat"));
+    assert!((lead.points - 1.25).abs() < 1e-9, "25 % of 5 points");
+    // Two criteria of 45 % and two of the five items of another 10 % are unknown.
+    assert!((lead.unknown_weight - 49.0).abs() < 1e-9, "{lead:?}");
+    assert!((lead.to_overturn - 125.0 / 49.0).abs() < 1e-9, "{lead:?}");
+    let titles: Vec<&str> = missing.iter().map(|m| m.title.as_str()).collect();
+    assert_eq!(titles, ["Hardware optimisation", "Ease of use", "Model compatibility"]);
+}
+
+#[test]
+fn with_everything_measured_the_better_engine_wins_by_its_points() {
+    let decision = decide(&cells(&[lean(), fat()]), &memory_only());
+    let Verdict::Winner { engine, margin } = &decision.rankings[0].verdict else {
+        panic!("{:?}", decision.rankings[0].verdict)
+    };
+    assert_eq!(engine, "lean");
+    assert!((margin - 5.0).abs() < 1e-9);
+}
+
+#[test]
+fn an_irrelevant_engine_changes_no_score_and_no_verdict() {
+    let before = headline(&cells(&[lean(), fat()]));
+    let worst = Engine::new("worst", 15.5, 9.0);
+    let after = headline(&cells(&[lean(), fat(), worst]));
+    for engine in ["lean", "fat"] {
+        let total = |r: &Ranking| r.candidates.iter().find(|c| c.engine == engine).unwrap().total;
+        assert_eq!(total(&before), total(&after));
+    }
+    let lead = |ranking: &Ranking| match &ranking.verdict {
+        Verdict::NoClearWinner { lead: Some(lead), .. } => lead.clone(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(lead(&before), lead(&after));
+    assert!(after.dominated.iter().any(|d| d.engine == "worst"));
+}
+
+#[test]
+fn removing_the_leader_leaves_the_other_one_without_comparison() {
+    let ranking = headline(&cells(&[fat()]));
+    assert_eq!(ranking.verdict, Verdict::OnlyOne { engine: "fat".into() });
+    assert_eq!(ranking.winners[MEMORY], Winner::NoComparison);
+}
+
+#[test]
+fn over_the_memory_target_is_out_whatever_else_it_does() {
+    let blown = Engine { peak_gb: 16.1, ..lean() };
+    let ranking = headline(&cells(&[blown, fat()]));
+    assert_eq!(ranking.verdict, Verdict::OnlyOne { engine: "fat".into() });
+    assert_eq!(ranking.knocked_out[0].engine, "lean");
+    assert_eq!(ranking.knocked_out[0].reasons[0].rule, Rule::OverMemoryTarget);
+}
+
+#[test]
+fn a_wrong_answer_on_any_model_is_out() {
+    let mut all = cells(&[lean(), fat()]);
+    let on_tiny = Engine { model: tiny(), ..lean() };
+    all.push(ended(on_tiny.cell(&load(), 0), Outcome::Wrong, "the logits differ by 3.2"));
+    let ranking = headline(&all);
+    assert_eq!(ranking.model, "qwen2.5-coder-0.5b");
+    let out = &ranking.knocked_out[0];
+    assert_eq!((out.engine.as_str(), out.reasons[0].rule), ("lean", Rule::WrongNumerics));
+    assert!(out.reasons[0].detail.contains("differ by 3.2"));
+}
+
+#[test]
+fn what_does_not_run_or_never_trains_is_out() {
+    let mut all = cells(&[lean()]);
+    all.extend(unavailable("absent", "no adapter", "install one"));
+    let idle = Engine::new("idle", 1.0, 1.0);
+    all.push(idle.cell(&load(), 0));
+    all.push(ended(idle.cell(&train(256), 0), Outcome::Oom, "out of memory"));
+    let ranking = headline(&all);
+    let rule =
+        |engine: &str| ranking.knocked_out.iter().find(|k| k.engine == engine).unwrap().reasons[0].rule;
+    assert_eq!(rule("absent"), Rule::DoesNotRunHere);
+    assert_eq!(rule("idle"), Rule::DoesNotTrain);
+}
+
+#[test]
+fn one_lost_repetition_is_no_knock_out() {
+    let mut all = cells(&[lean(), fat()]);
+    let lost = all.iter_mut().find(|c| c.engine == "lean" && c.scenario.starts_with("train")).unwrap();
+    *lost = ended(lost.clone(), Outcome::Crashed, "killed");
+    assert_eq!(headline(&all).candidates.len(), 2);
+}
+
+#[test]
+fn a_job_that_only_one_engine_finished_is_not_measured_of_the_other() {
+    let mut all = cells(&[lean(), fat()]);
+    all.push(ended(lean().cell(&train(2048), 0), Outcome::Timeout, "too slow"));
+    all.push(fat().cell(&train(2048), 0));
+    let ranking = headline(&all);
+    let Score::NotMeasured { reason } = score(&ranking, "lean", MEMORY) else {
+        panic!("the small job must not stand for the large one")
+    };
+    assert!(reason.contains("train-s2048-b1") && reason.contains("timeout"), "{reason}");
+    assert_eq!(ranking.winners[MEMORY], Winner::NotDecided);
+    assert!(matches!(&ranking.verdict, Verdict::NoClearWinner { lead: None, .. }), "{:?}", ranking.verdict);
+    assert!(ranking.dominated.is_empty());
+}
+
+#[test]
+fn a_failed_probe_costs_its_share() {
+    let partial = Engine { failing_probes: vec!["lora_dropout"], ..lean() };
+    let ranking = headline(&cells(&[partial, fat()]));
+    let value = score(&ranking, "lean", QLORA).value().unwrap();
+    assert!((value - 60.0 / 7.0).abs() < 1e-9, "{value}");
+    assert_eq!(ranking.winners[QLORA], Winner::Engine { engine: "fat".into() });
+}
+
+#[test]
+fn a_probe_that_fails_in_one_cell_of_many_failed() {
+    let mut all = cells(&[lean(), fat()]);
+    let probe = all[0].samples.probes.iter_mut().find(|p| p.name == "load_nf4").unwrap();
+    probe.passed = false;
+    let value = score(&headline(&all), "lean", QLORA).value().unwrap();
+    assert!((value - 60.0 / 7.0).abs() < 1e-9, "{value}");
+}
+
+#[test]
+fn what_no_cell_exercised_is_not_measured() {
+    let mut all = cells(&[lean(), fat()]);
+    for cell in all.iter_mut().filter(|c| c.engine == "lean") {
+        cell.samples.probes.clear();
+    }
+    let ranking = headline(&all);
+    assert!(matches!(score(&ranking, "lean", QLORA), Score::NotMeasured { .. }));
+    assert_eq!(ranking.winners[QLORA], Winner::NotDecided);
+}
+
+#[test]
+fn engines_that_do_alike_tie() {
+    let ranking = headline(&cells(&[lean(), Engine::new("twin", 2.1, 1.0)]));
+    assert_eq!(ranking.winners[MEMORY], Winner::Tie);
+    assert!(ranking.dominated.is_empty());
+    assert!(matches!(&ranking.verdict, Verdict::NoClearWinner { lead: None, .. }));
+}
+
+#[test]
+fn training_speed_dominates_only_beyond_the_spread() {
+    let slow = Engine::new("slow", 2.0, 3.0);
+    let ranking = headline(&cells(&[lean(), slow]));
+    assert_eq!(ranking.dominated[0].engine, "slow");
+    assert_eq!(ranking.dominated[0].worse_in, ["training speed"]);
+    let barely = Engine::new("barely", 2.0, 1.01);
+    assert!(headline(&cells(&[lean(), barely])).dominated.is_empty());
+    // Halving the speed of the leaner engine makes it no longer dominate.
+    let halved = Engine { seconds_per_step: 9.0, ..lean() };
+    assert!(headline(&cells(&[halved, fat()])).dominated.is_empty());
+}
+
+#[test]
+fn speed_stands_beside_the_score_as_a_ratio() {
+    let ranking = headline(&cells(&[lean(), fat()]));
+    let speed = ranking.speed.unwrap();
+    assert_eq!(speed.engines[0].engine, "lean");
+    assert!((speed.engines[0].times_the_slowest - 4.0).abs() < 1e-9);
+    assert_eq!(speed.engines[1].times_the_slowest, 1.0);
+    assert_eq!(speed.engines[0].real_tokens.n, 6, "three counted steps, twice");
+}
+
+#[test]
+fn a_software_adapter_is_ranked_with_nobody() {
+    let software = Engine { software: true, ..Engine::new("burn-wgpu", 1.0, 0.1) };
+    let decision = decision(&cells(&[lean(), fat(), software.clone()]));
+    assert_eq!(decision.software_adapters, ["burn-wgpu"]);
+    let ranking = decision.headline().unwrap();
+    assert_eq!(*ranking, headline(&cells(&[lean(), fat()])));
+    assert!(decide(&cells(&[software]), &Criteria::built_in().unwrap()).rankings.is_empty());
+}
+
+#[test]
+fn engines_on_different_models_are_in_different_rankings() {
+    let small = Engine { model: tiny(), ..fat() };
+    let decision = decision(&cells(&[lean(), small]));
+    let models: Vec<&str> = decision.rankings.iter().map(|r| r.model.as_str()).collect();
+    assert_eq!(models, ["qwen2.5-coder-0.5b", "tiny"]);
+    assert!(decision.rankings.iter().all(|r| r.candidates.len() == 1));
+}
+
+#[test]
+fn cells_of_different_machines_are_not_compared() {
+    let mut all = cells(&[lean(), fat()]);
+    for cell in all.iter_mut().filter(|c| c.engine == "fat") {
+        cell.environment.cpu = "another CPU".into();
+    }
+    let decision = decide(&all, &memory_only());
+    let Verdict::NoClearWinner { obstacle: Some(obstacle), .. } = &decision.rankings[0].verdict else {
+        panic!("{:?}", decision.rankings[0].verdict)
+    };
+    assert!(obstacle.contains("different machines"));
+}
+
+#[test]
+fn jobs_of_one_name_with_other_parameters_are_not_compared() {
+    let mut all = cells(&[lean()]);
+    let mut scenario = train(256);
+    if let evalfw::scenario::Scenario::Train(s) = &mut scenario {
+        s.lora_r = 64;
+    }
+    all.extend([fat().cell(&load(), 0), fat().cell(&scenario, 0), fat().cell(&infer(), 0)]);
+    let Verdict::NoClearWinner { obstacle: Some(obstacle), .. } = headline(&all).verdict else {
+        panic!("{:?}", headline(&all).verdict)
+    };
+    assert!(obstacle.contains("train-s256-b1 with different parameters"), "{obstacle}");
+}
+
+#[test]
+fn the_memory_of_a_gpu_is_a_lower_bound() {
+    let on_gpu = |reserved: u64| {
+        let mut all = cells(&[fat()]);
+        let mut gpu = cells(&[lean()]);
+        for cell in &mut gpu {
+            cell.device.as_mut().unwrap().kind = DeviceKind::DiscreteGpu;
+            cell.samples.device_memory =
+                Some(DeviceMemory { in_use_bytes: None, reserved_bytes: Some(reserved) });
+        }
+        all.extend(gpu);
+        headline(&all)
+    };
+    assert!(matches!(score(&on_gpu(8_000_000_000), "lean", MEMORY), Score::NotMeasured { .. }));
+    assert_eq!(on_gpu(17_000_000_000).knocked_out[0].reasons[0].rule, Rule::OverMemoryTarget);
+}

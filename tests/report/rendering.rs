@@ -1,0 +1,264 @@
+//! The report as text: complete, safe, and always the same.
+
+use crate::records::{Engine, ended, infer, load, tiny, train, unavailable, write};
+use evalfw::cmd::report::{ReportArgs, run};
+use evalfw::decide::criteria::Criteria;
+use evalfw::record::{CellRecord, Outcome};
+use evalfw::render::report::{Report, render};
+use evalfw::render::terminal;
+use std::path::{Path, PathBuf};
+
+/// What a run on a machine with two CPU engines, a software adapter and no GPU records.
+fn typical_run() -> Vec<CellRecord> {
+    let candle = Engine::new("candle-cpu", 2.31, 3.5);
+    let burn = Engine { loss_offset: 0.0004, ..Engine::new("burn-flex", 3.08, 12.25) };
+    let wgpu = Engine { software: true, model: tiny(), ..Engine::new("burn-wgpu", 0.31, 0.9) };
+    let mut cells: Vec<CellRecord> = [candle, burn.clone(), wgpu].iter().flat_map(Engine::cells).collect();
+    cells.extend(unavailable(
+        "candle-cuda",
+        "no CUDA device",
+        "install the driver, then build with --features cuda",
+    ));
+    let crashed = ended(burn.cell(&infer(), 1), Outcome::Crashed, "the worker was killed by signal 9");
+    let place = cells.iter().position(|c| c.cell == crashed.cell).unwrap();
+    cells[place] = crashed;
+    cells
+}
+
+fn report(cells: &[CellRecord]) -> Report {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), cells);
+    render(dir.path(), "", &Criteria::built_in().unwrap()).unwrap()
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/typical").join(name)
+}
+
+/// Compares with a committed file; EVALFW_UPDATE_GOLDEN=1 writes it anew.
+fn assert_golden(name: &str, actual: &str) {
+    let path = fixture(name);
+    if std::env::var_os("EVALFW_UPDATE_GOLDEN").is_some() {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, actual).unwrap();
+    }
+    let expected = std::fs::read_to_string(&path).unwrap();
+    assert!(expected == actual, "{} is out of date; see it with EVALFW_UPDATE_GOLDEN=1", path.display());
+}
+
+#[test]
+fn the_committed_record_renders_as_committed() {
+    if std::env::var_os("EVALFW_UPDATE_GOLDEN").is_some() {
+        let folder = fixture("");
+        let _ = std::fs::remove_file(folder.join("cells.jsonl"));
+        std::fs::create_dir_all(&folder).unwrap();
+        write(&folder, &typical_run());
+    }
+    let report = render(&fixture("cells.jsonl"), "", &Criteria::built_in().unwrap()).unwrap();
+    assert_golden("report.md", &report.markdown);
+    let names: Vec<&str> = report.charts.iter().map(|c| c.file.as_str()).collect();
+    let expected = [
+        "charts/memory-qwen2.5-coder-0.5b.svg",
+        "charts/loss-qwen2.5-coder-0.5b.svg",
+        "charts/memory-tiny.svg",
+        "charts/loss-tiny.svg",
+    ];
+    assert_eq!(names, expected);
+    for chart in &report.charts {
+        assert_golden(&chart.file, &chart.svg);
+    }
+    let cells = evalfw::record::read(&fixture("cells.jsonl")).unwrap();
+    assert_golden("summary.txt", &terminal::summary(&cells));
+}
+
+#[test]
+fn rendering_twice_gives_the_same_bytes() {
+    let (a, b) = (report(&typical_run()), report(&typical_run()));
+    assert_eq!(a.markdown, b.markdown);
+    assert_eq!(a.charts, b.charts);
+}
+
+#[test]
+fn every_line_of_a_table_has_as_many_cells_as_its_header() {
+    let mut cells = typical_run();
+    let hostile = "a|b `c` ``` \n| d | <script> [x](y) *e*";
+    cells[3] = ended(cells[3].clone(), Outcome::Failed, hostile);
+    cells[3].error.as_mut().unwrap().stderr_tail = vec!["```".into(), "| not | a table".into()];
+    for cell in &mut cells {
+        cell.model.origin = hostile.into();
+        cell.environment.cpu = hostile.into();
+    }
+    let text = report(&cells).markdown;
+    assert_tables_are_whole(&text);
+    assert!(text.contains("\n````text\n```\n| not | a table\n````\n"), "{text}");
+    assert!(!text.contains("<script>"));
+}
+
+/// Every run of lines that begin with `|` outside code blocks has one width, and a rule below its header.
+fn assert_tables_are_whole(text: &str) {
+    let columns = |line: &str| line.replace("\\|", "").matches('|').count();
+    let mut in_code: Option<&str> = None;
+    let mut table: Vec<&str> = Vec::new();
+    for line in text.lines().chain([""]) {
+        let fence = &line[..line.len() - line.trim_start_matches('`').len()];
+        match in_code {
+            Some(open) if line == open => in_code = None,
+            Some(_) => {}
+            None if fence.len() >= 3 => in_code = Some(fence),
+            None if line.starts_with('|') => table.push(line),
+            None => {
+                if let Some(header) = table.first() {
+                    assert!(table.len() > 2, "a table without rows: {header}");
+                    assert!(table[1].starts_with("|-"), "no rule below {header}");
+                    for row in &table {
+                        assert_eq!(columns(row), columns(header), "{row}\nin the table of\n{header}");
+                    }
+                }
+                table.clear();
+            }
+        }
+    }
+    assert_eq!(in_code, None, "a code block is left open");
+}
+
+#[test]
+fn figures_point_to_the_line_of_their_cell() {
+    let cells = typical_run();
+    let text = report(&cells).markdown;
+    let trained =
+        cells.iter().position(|c| c.cell.starts_with("candle-cpu/") && c.scenario.starts_with("train"));
+    let line = trained.unwrap() + 1;
+    let row = text.lines().find(|l| l.starts_with("| candle-cpu | NF4 | **fits**")).unwrap();
+    assert!(row.contains(&format!("[{line}](cells.jsonl#L{line})")) && row.contains("2.31"), "{row}");
+}
+
+#[test]
+fn a_resumed_cell_is_traced_to_its_last_line() {
+    let engine = Engine::new("candle-cpu", 2.0, 1.0);
+    let cell = engine.cell(&train(256), 0);
+    let failed = ended(cell.clone(), Outcome::Failed, "first try");
+    let text = report(&[failed, engine.cell(&load(), 0), cell]).markdown;
+    assert!(
+        text.contains("| [3](cells.jsonl#L3) | candle-cpu/qwen2.5-coder-0.5b/train-s256-b1/nf4/0 | ok |"),
+        "{text}"
+    );
+    assert!(!text.contains("first try"));
+}
+
+#[test]
+fn failures_are_told_with_their_error_and_advice() {
+    let text = report(&typical_run()).markdown;
+    for expected in [
+        "candle-cuda: unavailable",
+        "no CUDA device",
+        "install the driver, then build with --features cuda",
+        "burn-flex: crashed",
+        "during train step 3",
+        "ok 1 of 2, crashed 1 of 2",
+        "software adapter, not comparable",
+    ] {
+        assert!(text.contains(expected), "{expected} is missing in\n{text}");
+    }
+}
+
+#[test]
+fn a_record_without_a_single_ok_cell_says_so() {
+    let engine = Engine::new("candle-cpu", 2.0, 1.0);
+    let cells: Vec<CellRecord> =
+        engine.cells().into_iter().map(|c| ended(c, Outcome::Oom, "out of memory")).collect();
+    let report = report(&cells);
+    assert!(report.markdown.contains("**No decision on qwen2.5-coder-0.5b.** No engine passed"));
+    assert!(report.markdown.contains("nothing was measured"));
+    assert!(report.charts.is_empty());
+    assert_tables_are_whole(&report.markdown);
+    assert!(terminal::summary(&cells).contains("oom 2 of 2"));
+}
+
+#[test]
+fn a_record_of_unavailable_engines_or_software_adapters_alone_is_a_report_too() {
+    let text = report(&unavailable("candle-cuda", "no CUDA device", "get one")).markdown;
+    assert!(text.contains("candle-cuda (does not run here)"));
+    assert_tables_are_whole(&text);
+    let wgpu = Engine { software: true, model: tiny(), ..Engine::new("burn-wgpu", 0.3, 0.9) };
+    let text = report(&wgpu.cells()).markdown;
+    assert!(text.contains("**No decision.** Every engine of this run is a software adapter"));
+    assert_tables_are_whole(&text);
+}
+
+#[test]
+fn a_single_engine_wins_no_comparison() {
+    let text = report(&Engine::new("candle-cpu", 2.0, 1.0).cells()).markdown;
+    assert!(text.contains("**Only candle-cpu is left to choose on qwen2.5-coder-0.5b.**"), "{text}");
+    assert!(!text.contains("times as fast"));
+    assert_tables_are_whole(&text);
+}
+
+#[test]
+fn a_partial_record_of_loads_alone_renders() {
+    let cells: Vec<CellRecord> =
+        ["a", "b"].iter().map(|name| Engine::new(name, 2.0, 1.0).cell(&load(), 0)).collect();
+    let report = report(&cells);
+    assert!(report.markdown.contains("the run holds no train scenario with an NF4 base"));
+    assert!(report.charts.is_empty());
+    assert_tables_are_whole(&report.markdown);
+}
+
+fn arguments(run: &Path) -> ReportArgs {
+    ReportArgs { run: run.to_owned(), output: None, criteria: None, json: false }
+}
+
+#[test]
+fn the_command_writes_report_and_charts_and_links_them_from_elsewhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("my run");
+    std::fs::create_dir(&folder).unwrap();
+    write(&folder, &typical_run());
+    run(&arguments(&folder)).unwrap();
+    let here = std::fs::read_to_string(folder.join("report.md")).unwrap();
+    assert!(here.contains("](charts/memory-qwen2.5-coder-0.5b.svg)"));
+    assert!(folder.join("charts/loss-qwen2.5-coder-0.5b.svg").is_file());
+
+    let output = Some(dir.path().join("REPORT.md"));
+    run(&ReportArgs { output, ..arguments(&folder.join("cells.jsonl")) }).unwrap();
+    let above = std::fs::read_to_string(dir.path().join("REPORT.md")).unwrap();
+    assert_eq!(above.replace("(my%20run/", "("), here);
+}
+
+#[test]
+fn other_criteria_are_used_and_bad_ones_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), &typical_run());
+    let criteria = dir.path().join("criteria.toml");
+    let built_in =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("reports/criteria.toml"));
+    let text = built_in.unwrap().replace("memory_target_gb = 16.0", "memory_target_gb = 3.0");
+    std::fs::write(&criteria, text).unwrap();
+    let with_criteria = ReportArgs { criteria: Some(criteria.clone()), ..arguments(dir.path()) };
+    run(&with_criteria).unwrap();
+    let report = std::fs::read_to_string(dir.path().join("report.md")).unwrap();
+    assert!(
+        report
+            .contains("burn-flex** over the memory target: 3.08 GB in train-s256-b1, with a target of 3 GB"),
+        "{report}"
+    );
+
+    std::fs::write(&criteria, "memory_target_gb = 16.0\ncriteria = []\nwieghts = 1\n").unwrap();
+    let message = format!("{:#}", run(&with_criteria).unwrap_err());
+    assert!(message.contains("criteria.toml") && message.contains("wieghts"), "{message}");
+}
+
+#[test]
+fn a_folder_without_a_record_is_an_error_that_names_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let message = format!("{:#}", run(&arguments(dir.path())).unwrap_err());
+    assert!(message.contains("cells.jsonl"), "{message}");
+}
+
+#[test]
+fn the_findings_are_json_with_the_decision_and_the_figures() {
+    let findings = serde_json::to_value(report(&typical_run()).findings).unwrap();
+    let ranking = &findings["decision"]["rankings"][0];
+    assert_eq!(ranking["verdict"]["kind"], "no_clear_winner");
+    assert_eq!(findings["models"][0]["train"][0]["engine"], "burn-flex");
+    assert_eq!(findings["models"][0]["train"][0]["figures"]["seconds_per_step"]["n"], 6);
+}
