@@ -45,7 +45,7 @@ pub struct CellRecord {
     /// RFC 3339, UTC.
     pub started_at: String,
     pub wall_seconds: f64,
-    /// Largest memory of the worker's process tree over all phases (see `docs` in the report).
+    /// Largest memory of the worker's process tree over all phases.
     pub peak_memory_bytes: Option<u64>,
     /// Train: non-padding tokens per second of the median step. Infer: decoded tokens per second.
     pub tokens_per_second: Option<f64>,

@@ -2,6 +2,7 @@
 //! model is loaded.
 
 use crate::data::dataset::Dataset;
+use crate::decide::criteria::Criteria;
 use crate::engines::{self, ENGINES};
 use crate::interrupt;
 use crate::measure::host::Environment;
@@ -9,7 +10,6 @@ use crate::model::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
 use crate::plan::{Cell, interleaved};
 use crate::probe::{Availability, Reason, probe};
 use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};
-use crate::decide::criteria::Criteria;
 use crate::render;
 use crate::run::cell::WorkerExecutor;
 use crate::run::inputs::ModelInputs;

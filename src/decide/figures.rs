@@ -1,6 +1,7 @@
 //! Figures of a job, from the samples of all its repetitions that ended ok.
 
 use super::jobs::Job;
+use crate::measure::metrics::{counted_steps, decode_rates, prefill_rates, rates_per_step};
 use crate::record::{CellRecord, LoadSample, TrainSample};
 use crate::stats::median;
 use evalfw_engine::protocol::DeviceKind;
@@ -53,7 +54,7 @@ impl LoadFigures {
     }
 }
 
-/// Rates per second of the steps that count.
+/// Rates per second of the steps that count; see [`rates_per_step`].
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct TrainFigures {
     pub seconds_per_step: Spread,
@@ -70,10 +71,8 @@ pub struct TrainFigures {
 
 impl TrainFigures {
     pub fn of(job: &Job) -> Option<Self> {
-        let counted: Vec<&TrainSample> =
-            job.ok().flat_map(|c| &c.samples.train).filter(|s| !s.warmup).collect();
-        let rate =
-            |of: fn(&TrainSample) -> usize| Spread::of(counted.iter().map(|s| of(s) as f64 / s.seconds));
+        let counted: Vec<&TrainSample> = job.ok().flat_map(|c| counted_steps(&c.samples)).collect();
+        let rate = |of: fn(&TrainSample) -> usize| Spread::of(rates_per_step(&counted, of));
         let slots: usize = counted.iter().map(|s| s.slot_tokens).sum();
         let real: usize = counted.iter().map(|s| s.real_tokens).sum();
         Some(Self {
@@ -101,11 +100,9 @@ pub struct InferFigures {
 impl InferFigures {
     pub fn of(job: &Job) -> Option<Self> {
         let prefill: Vec<_> = job.ok().flat_map(|c| &c.samples.prefill).filter(|s| !s.warmup).collect();
-        let decode = job.ok().flat_map(|c| &c.samples.decode).filter(|s| !s.warmup);
-        let decode_rates = decode.map(|s| s.seconds.len() as f64 / s.seconds.iter().sum::<f64>());
         let figures = Self {
-            prefill: Spread::of(prefill.iter().map(|s| s.tokens as f64 / s.seconds)),
-            decode: Spread::of(decode_rates),
+            prefill: Spread::of(job.ok().flat_map(|c| prefill_rates(&c.samples))),
+            decode: Spread::of(job.ok().flat_map(|c| decode_rates(&c.samples))),
             first_token: Spread::of(prefill.iter().map(|s| s.seconds)),
         };
         (figures.prefill.is_some() || figures.decode.is_some()).then_some(figures)

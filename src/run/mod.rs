@@ -12,6 +12,7 @@ use crate::measure::metrics;
 use crate::plan::Cell;
 use crate::probe::Reason;
 use crate::record::{CellError, CellRecord, ModelRecord, Outcome, RunLog, SCHEMA, Samples};
+use crate::stats::median;
 use anyhow::Result;
 use cell::{Execution, Executor};
 use evalfw_engine::protocol::EngineInfo;
@@ -60,11 +61,12 @@ impl RunContext {
         let Execution { info, started_at, wall_seconds, samples, failure } = execution;
         let outcome = failure.as_ref().map_or(Outcome::Ok, |(outcome, _)| *outcome);
         let counts = outcome == Outcome::Ok;
-        let rates = metrics::train_rates(&samples).filter(|_| counts);
-        let decode = metrics::decode_rate(&samples).filter(|_| counts);
+        // A wrong or half answer voids the speed; its samples stay.
+        let valid = |rate: Option<f64>| rate.filter(|_| counts);
+        let decoded = median(metrics::decode_rates(&samples));
         CellRecord {
-            tokens_per_second: rates.map(|r| r.real_tokens).or(decode),
-            examples_per_second: rates.map(|r| r.examples),
+            tokens_per_second: valid(metrics::train_tokens_rate(&samples).or(decoded)),
+            examples_per_second: valid(metrics::train_examples_rate(&samples)),
             peak_memory_bytes: metrics::peak_memory(&samples),
             started_at,
             wall_seconds,
