@@ -9,3 +9,4 @@ pub mod report;
 mod tables;
 pub mod terminal;
 mod trace;
+mod troubles;
