@@ -24,9 +24,9 @@ def decode(codes: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
     """Decodes to f32, as one long row.
 
     bitsandbytes decodes into the type of the source; the state is told that the source was f32, so that
-    a bf16 or f16 source is not rounded once more at the end. And its kernel for AVX-512 takes the scale
-    of a wrong block where rows are a multiple of 16 but not of 64 long, other than its kernels for any
-    other processor; a single row it decodes rightly."""
+    a bf16 or f16 source is not rounded once more at the end. And its CPU kernel (0.50.2, with AVX-512)
+    takes the scale of a wrong block where rows are a multiple of 16 but not of 64 long, other than its
+    generic kernel; a single row it decodes rightly."""
     row = copy.copy(state)
     row.dtype = torch.float32
     row.shape = torch.Size([1, state.shape.numel()])

@@ -54,6 +54,8 @@ def cases(levels: np.ndarray) -> dict[str, torch.Tensor]:
         "subnormal-tail-f32": normal(1, 87, 1e-39),
         "subnormal-bf16": (normal(3, 64, 1e-39), bf16),
         "subnormal-f16": (normal(3, 64, 1e-6), f16),
+        # The nested absmax has no finite reciprocal, and one absmax is just the mean: 0 times infinity.
+        "subnormal-centred-f32": np.repeat(np.array([[1], [2], [3]], f32) * f32(2.0**-130), 64, axis=1),
         "large-f32": normal(6, 64, 1e37),
         "constant-f32": np.full((4, 64), -0.75, f32),
         "ties-f32": _near_boundaries(levels, np.ones(2), lambda v, _: v),

@@ -59,11 +59,12 @@ def _quantize_absmax(absmax: np.ndarray, code_map: np.ndarray) -> tuple[np.ndarr
         if largest == 0:
             codes.append(np.zeros(block.size, np.uint8))  # code 0, which is not the code of the value 0
             continue
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # a subnormal has no finite reciprocal
             scaled = np.clip(block * (f32(1) / largest), f32(-1), f32(1))
         unit = (scaled + f32(1)) * f32(0.5)
         # One fused multiply-add: f64 holds product and sum exactly, so that there is one rounding.
         position = (unit.astype(np.float64) * 65535 + 0.5).astype(f32)
+        position[np.isnan(position)] = 0
         codes.append(table[position.astype(np.int64)])
     return np.concatenate(codes), np.array(nested, f32), offset
 
@@ -95,21 +96,16 @@ def torch_sum(values: np.ndarray) -> f32:
 
 
 def _cascade(grid: np.ndarray) -> np.ndarray:
-    levels, steps = 4, len(grid)
-    power = max(4, max(steps - 1, 0).bit_length() // levels)
+    levels = 4
+    power = max(4, max(len(grid) - 1, 0).bit_length() // levels)
     sums = np.zeros((levels, *grid.shape[1:]), f32)
-    whole = steps >> power << power
-    for i, rows in enumerate(grid[:whole], start=1):
+    for i, rows in enumerate(grid, start=1):
         sums[0] += rows
-        if i % (1 << power):
-            continue
         for level in range(1, levels):
+            if i % (1 << level * power):
+                break
             sums[level] += sums[level - 1]
             sums[level - 1] = 0
-            if i >> (level * power) & ((1 << power) - 1):
-                break
-    for rows in grid[whole:]:
-        sums[0] += rows
     for level in range(1, levels):
         sums[0] += sums[level]
     return sums[0]
