@@ -4,6 +4,9 @@
 //! (`absmax`) and every value becomes the nearest of 16 levels, the quantiles of a normal
 //! distribution. The `absmax` values, less their mean, are themselves quantized to 8 bits in blocks
 //! of 256: 4.127 bits a weight in all.
+//!
+//! Codes, scales and decoded values are those of bitsandbytes on a CPU, bit for bit. That is why the
+//! arithmetic below is f32 in an exact order, with bitsandbytes' own corner cases.
 
 use rayon::prelude::*;
 use std::ops::Range;
@@ -13,6 +16,9 @@ use std::sync::LazyLock;
 pub const BLOCK: usize = 64;
 /// `absmax` values that share one nested scale.
 pub const NESTED_BLOCK: usize = 256;
+
+/// What a smaller `absmax` is taken for, so that its reciprocal is finite.
+const SMALLEST_ABSMAX: f32 = 1e-38;
 
 /// The 16 levels (QLoRA, appendix E; the digits are those of bitsandbytes).
 pub const LEVELS: [f32; 16] = [
@@ -66,15 +72,16 @@ pub struct Scales {
 
 impl Scales {
     fn quantize(absmax: &[f32]) -> Self {
-        let mean = absmax.iter().map(|&v| f64::from(v)).sum::<f64>() / absmax.len().max(1) as f64;
-        let offset = mean as f32;
-        let map = &*DYNAMIC_MAP;
+        let offset = torch_sum(absmax) / absmax.len().max(1) as f32;
         let mut codes = Vec::with_capacity(absmax.len());
         let mut nested = Vec::with_capacity(absmax.len().div_ceil(NESTED_BLOCK));
         for block in absmax.chunks(NESTED_BLOCK) {
             let largest = block.iter().fold(0f32, |m, v| m.max((v - offset).abs()));
-            let scale = if largest == 0.0 { 0.0 } else { 1.0 / largest };
-            codes.extend(block.iter().map(|v| nearest(map, (v - offset) * scale)));
+            let scale = 1.0 / largest;
+            codes.extend(block.iter().map(|v| match largest {
+                0.0 => 0,
+                _ => dynamic_code((v - offset) * scale),
+            }));
             nested.push(largest);
         }
         Self { codes, absmax: nested, offset }
@@ -180,19 +187,25 @@ impl Nf4Builder {
 
 /// Quantizes up to [`BLOCK`] values and returns their `absmax`. An odd last value is paired with zero.
 fn quantize_block(values: &[f32], codes: &mut [u8]) -> f32 {
-    let absmax = values.iter().fold(0f32, |m, v| m.max(v.abs()));
-    // A block of zeros stays a block of zeros.
-    let scale = if absmax == 0.0 { 0.0 } else { 1.0 / absmax };
-    let mut levels = [0u8; BLOCK];
-    let zero = nearest_level(0.0);
-    levels.fill(zero);
-    for (level, value) in levels.iter_mut().zip(values) {
-        *level = nearest_level(value * scale);
+    let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let absmax = largest.max(SMALLEST_ABSMAX);
+    let mut levels = [nearest_level(0.0); BLOCK];
+    // bitsandbytes divides in a last block that is not full, and multiplies by the reciprocal in others.
+    let full = values.len() == BLOCK;
+    if full {
+        let scale = 1.0 / absmax;
+        for (level, value) in levels.iter_mut().zip(values) {
+            *level = nearest_level(value * scale);
+        }
+    } else {
+        for (level, value) in levels.iter_mut().zip(values) {
+            *level = nearest_level(value / absmax);
+        }
     }
     for (code, pair) in codes.iter_mut().zip(levels.as_chunks::<2>().0) {
         *code = pair[0] << 4 | pair[1];
     }
-    absmax
+    if full { largest } else { absmax }
 }
 
 /// Counts the boundaries below `value`: branch-free, so that it vectorises.
@@ -206,11 +219,9 @@ pub static DYNAMIC_MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
     let mut values = vec![0.0, 1.0];
     for decade in 0..7 {
         let steps = 1usize << decade;
-        let unit = 10f64.powi(decade - 6);
-        let boundary = |i: usize| (0.1 + 0.9 * i as f64 / steps as f64) as f32;
+        let unit = 10f64.powi(decade - 6) as f32;
         for i in 0..steps {
-            let mean = (boundary(i) + boundary(i + 1)) / 2.0;
-            let value = (unit * f64::from(mean)) as f32;
+            let value = unit * ((dynamic_boundary(i, steps) + dynamic_boundary(i + 1, steps)) / 2.0);
             values.extend([value, -value]);
         }
     }
@@ -218,14 +229,81 @@ pub static DYNAMIC_MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
     std::array::from_fn(|i| values[i])
 });
 
-/// Index of the value of the sorted `map` nearest to `value`.
-fn nearest(map: &[f32; 256], value: f32) -> u8 {
-    let above = map.partition_point(|&m| m < value);
-    match above {
-        0 => 0,
-        256 => 255,
-        _ if value - map[above - 1] <= map[above] - value => (above - 1) as u8,
-        _ => above as u8,
+static DYNAMIC_BOUNDARIES: LazyLock<[f32; 255]> =
+    LazyLock::new(|| std::array::from_fn(|i| 0.5 * (DYNAMIC_MAP[i] + DYNAMIC_MAP[i + 1])));
+
+/// Number `i` of the points that cut 0.1..1 into `steps`, as `torch.linspace` rounds it: counted from the
+/// nearer end, in one fused operation.
+fn dynamic_boundary(i: usize, steps: usize) -> f32 {
+    let step = (1.0 - 0.1f32) / steps as f32;
+    if i < steps.div_ceil(2) { step.mul_add(i as f32, 0.1) } else { (-step).mul_add((steps - i) as f32, 1.0) }
+}
+
+/// Index into [`DYNAMIC_MAP`] for a value in -1..1.
+///
+/// bitsandbytes looks up the nearest of 65 536 points, for which it has tabulated the code; so close to a
+/// boundary it may be the second nearest code.
+fn dynamic_code(value: f32) -> u8 {
+    const LAST_POINT: f32 = 65_535.0;
+    let unit = (value.clamp(-1.0, 1.0) + 1.0) * 0.5;
+    // Zero times an infinite scale is NaN, which becomes point 0 here as there.
+    let index = unit.mul_add(LAST_POINT, 0.5) as u16;
+    let point = 2.0 * f32::from(index) / LAST_POINT - 1.0;
+    DYNAMIC_BOUNDARIES.partition_point(|&boundary| boundary < point) as u8
+}
+
+/// Vectors that torch adds up side by side.
+const SUM_ROWS: usize = 4;
+type SumRows<const LANES: usize> = [[f32; LANES]; SUM_ROWS];
+
+/// The sum as torch computes it on one thread of an x86 CPU: the offset is a mean, and on its last bit
+/// depend all decoded values.
+fn torch_sum(values: &[f32]) -> f32 {
+    if values.len() < 8 { sum_in_lanes::<1>(values) } else { sum_in_lanes::<8>(values) }
+}
+
+fn sum_in_lanes<const LANES: usize>(values: &[f32]) -> f32 {
+    let (vectors, rest) = values.as_chunks::<LANES>();
+    let (steps, last_vectors) = vectors.as_chunks::<SUM_ROWS>();
+    let [mut total, rows @ ..] = cascade(steps);
+    for vector in last_vectors.iter().chain(&rows) {
+        add(&mut total, vector);
+    }
+    rest.iter().chain(&total).fold(0.0, |sum, value| sum + value)
+}
+
+/// Adds up `steps` in four levels, each of which is carried to the next after a power of two of steps.
+fn cascade<const LANES: usize>(steps: &[SumRows<LANES>]) -> SumRows<LANES> {
+    const LEVELS: usize = 4;
+    let ceil_log2 = (usize::BITS - steps.len().saturating_sub(1).leading_zeros()) as usize;
+    let power = (ceil_log2 / LEVELS).max(4);
+    let mut sums = [[[0f32; LANES]; SUM_ROWS]; LEVELS];
+    for (done, rows) in (1..).zip(steps) {
+        add_rows(&mut sums[0], rows);
+        for level in 1..LEVELS {
+            if done % (1usize << (level * power)) != 0 {
+                break;
+            }
+            let carried = std::mem::replace(&mut sums[level - 1], [[0.0; LANES]; SUM_ROWS]);
+            add_rows(&mut sums[level], &carried);
+        }
+    }
+    let [mut total, levels @ ..] = sums;
+    for level in &levels {
+        add_rows(&mut total, level);
+    }
+    total
+}
+
+fn add_rows<const LANES: usize>(sum: &mut SumRows<LANES>, rows: &SumRows<LANES>) {
+    for (sum, row) in sum.iter_mut().zip(rows) {
+        add(sum, row);
+    }
+}
+
+fn add<const LANES: usize>(sum: &mut [f32; LANES], vector: &[f32; LANES]) {
+    for (sum, value) in sum.iter_mut().zip(vector) {
+        *sum += value;
     }
 }
 

@@ -1,0 +1,55 @@
+"""LoRA adapters, made and written by PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen2ForCausalLM
+
+from models import ModelSpec
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def create(model: Qwen2ForCausalLM, spec: ModelSpec) -> PeftModel:
+    """An adapter as PEFT initialises it: B is zero."""
+    torch.manual_seed(spec.seed)
+    config = LoraConfig(
+        r=spec.lora_r,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        target_modules=PROJECTIONS,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def randomize(adapted: PeftModel, spec: ModelSpec) -> None:
+    """Makes A and B random: with B zero the gradient of A would be zero as well."""
+    rng = spec.rng("adapter")
+    with torch.no_grad():
+        for name, parameter in trainable(adapted).items():
+            deviation = 0.05 if "lora_B" in name else parameter.shape[1] ** -0.5
+            values = deviation * rng.standard_normal(tuple(parameter.shape))
+            parameter.copy_(torch.from_numpy(values))
+
+
+def trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters under their names in adapter_model.safetensors."""
+    return {
+        name.replace(".default.", "."): parameter
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def save(adapted: PeftModel, folder: Path) -> None:
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+
+def attach(model: Qwen2ForCausalLM, folder: Path, *, training: bool = False) -> PeftModel:
+    adapted = PeftModel.from_pretrained(model, folder, is_trainable=training)
+    return adapted.train(training)
