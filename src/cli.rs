@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::cmd::{engines, run, synth, worker};
+use crate::cmd::{engines, run, synth, verify, worker};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -27,6 +27,7 @@ enum Command {
     Run(run::RunArgs),
     Report(crate::cmd::report::ReportArgs),
     Engines(engines::EnginesArgs),
+    Verify(verify::VerifyArgs),
     Synth(synth::SynthArgs),
     /// Serves one engine on standard input and output. Started by `run`.
     #[command(hide = true)]
@@ -41,6 +42,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Report(args) => crate::cmd::report::run(&args),
         Command::Engines(args) => engines::run(&args),
+        Command::Verify(args) => verify::run(&args),
         Command::Synth(args) => synth::run(&args),
         Command::Worker(args) => worker::run(&args),
     };

@@ -17,4 +17,5 @@ pub mod render;
 pub mod run;
 pub mod scenario;
 pub mod stats;
+pub mod verify;
 pub mod worker;

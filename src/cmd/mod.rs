@@ -4,4 +4,5 @@ pub mod engines;
 pub mod report;
 pub mod run;
 pub mod synth;
+pub mod verify;
 pub mod worker;

@@ -126,32 +126,7 @@ impl Adapter {
     /// Reads a PEFT adapter folder and checks it against the model it is for.
     pub fn read(dir: &Path, model: &ModelConfig) -> Result<Self> {
         let config = read_config(&dir.join(CONFIG_FILE))?;
-        let path = dir.join(WEIGHTS_FILE);
-        let bytes = std::fs::read(&path).map_err(|e| Error::file(&path, e))?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::file(&path, e))?;
-        let mut tensors = AdapterTensors::new();
-        for layer in 0..model.num_hidden_layers {
-            for target in Target::ALL {
-                let [out_features, in_features] = model.projection_shape(target);
-                let read = |factor: char, shape: [usize; 2]| {
-                    let name = tensor_name(layer, target, factor);
-                    read_tensor(&file, &name, shape).map_err(|problem| Error::file(&path, problem))
-                };
-                let pair = LoraPair {
-                    a: read('A', [config.r, in_features])?,
-                    b: read('B', [out_features, config.r])?,
-                };
-                tensors.insert((layer, target), pair);
-            }
-        }
-        let expected = tensors.len() * 2;
-        if file.len() != expected {
-            let problem = format!(
-                "holds {} tensors, but LoRA on all seven projections of this model has {expected}",
-                file.len()
-            );
-            return Err(Error::file(&path, problem));
-        }
+        let tensors = read_tensors(&dir.join(WEIGHTS_FILE), model, config.r)?;
         Ok(Self { config, tensors })
     }
 
@@ -184,6 +159,34 @@ impl Adapter {
     pub fn parameters(&self) -> usize {
         self.tensors.values().map(|pair| pair.a.len() + pair.b.len()).sum()
     }
+}
+
+/// Reads adapter tensors, or gradients of the same names: both factors of all seven projections of every
+/// layer of `model`, and nothing else.
+pub fn read_tensors(path: &Path, model: &ModelConfig, r: usize) -> Result<AdapterTensors> {
+    let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::file(path, e))?;
+    let mut tensors = AdapterTensors::new();
+    for layer in 0..model.num_hidden_layers {
+        for target in Target::ALL {
+            let [out_features, in_features] = model.projection_shape(target);
+            let read = |factor: char, shape: [usize; 2]| {
+                let name = tensor_name(layer, target, factor);
+                read_tensor(&file, &name, shape).map_err(|problem| Error::file(path, problem))
+            };
+            let pair = LoraPair { a: read('A', [r, in_features])?, b: read('B', [out_features, r])? };
+            tensors.insert((layer, target), pair);
+        }
+    }
+    let expected = tensors.len() * 2;
+    if file.len() != expected {
+        let problem = format!(
+            "holds {} tensors, but LoRA on all seven projections of this model has {expected}",
+            file.len()
+        );
+        return Err(Error::file(path, problem));
+    }
+    Ok(tensors)
 }
 
 /// Writes adapter tensors, or gradients of the same names, as safetensors.

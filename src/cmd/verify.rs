@@ -1,0 +1,109 @@
+//! `evalfw verify`: holds the engines against the independent reference.
+
+use crate::engines::{self, ENGINES};
+use crate::verify::reference::Reference;
+use crate::verify::{Check, Scope, Verdict, verify};
+use crate::worker::WorkerCommand;
+use anyhow::{Result, bail};
+use clap::Args;
+use comfy_table::{Table, presets};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const AFTER_HELP: &str = "\
+Examples:
+  evalfw verify
+  evalfw verify --engine candle-cpu,burn-flex
+  evalfw verify --json | jq '.[] | .checks[] | select(.passed | not)'
+
+The reference was made by transformers, peft and bitsandbytes; tests/reference/README.md says how.
+Exit codes: 0 all hold, 1 an engine is wrong or broke off, 2 bad input.";
+
+/// Check every engine against reference losses, logits and gradients
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct VerifyArgs {
+    /// Only these engines [default: all that can run here]
+    #[arg(long, value_delimiter = ',', value_name = "E,…")]
+    engine: Vec<String>,
+    /// One model and no training curves, as `run` does before it measures
+    #[arg(long)]
+    short: bool,
+    /// Another reference: a folder with manifest.json and golden/
+    #[arg(long, value_name = "DIR")]
+    reference: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
+    for name in &args.engine {
+        engines::find(name)?;
+    }
+    let reference = match &args.reference {
+        Some(folder) => Reference::read(folder)?,
+        None => Reference::built_in()?,
+    };
+    let scope = if args.short { Scope::Short } else { Scope::Full };
+    let named = !args.engine.is_empty();
+    let names: Vec<&str> = match named {
+        true => args.engine.iter().map(String::as_str).collect(),
+        false => ENGINES.iter().map(|e| e.name).collect(),
+    };
+    let mut verdicts = Vec::new();
+    for engine in names {
+        let verdict = verify(engine, &WorkerCommand::built_in(engine, None)?, &reference, scope);
+        if verdict.unavailable && !named {
+            continue;
+        }
+        if !args.json {
+            show(&verdict)?;
+        }
+        verdicts.push(verdict);
+    }
+    if verdicts.is_empty() {
+        bail!("none of the engines can run here; `evalfw engines` says what is missing");
+    }
+    if args.json {
+        let mut out = std::io::stdout().lock();
+        serde_json::to_writer_pretty(&mut out, &verdicts)?;
+        writeln!(out)?;
+    }
+    let all = verdicts.iter().all(Verdict::passed);
+    Ok(if all { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn show(verdict: &Verdict) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let word = if verdict.passed() { "ok" } else { "WRONG" };
+    writeln!(out, "{}: {word}: {}", verdict.engine, verdict.summary())?;
+    if !verdict.checks.is_empty() {
+        writeln!(out, "{}\n", table(&verdict.checks))?;
+    }
+    Ok(())
+}
+
+fn table(checks: &[Check]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED).set_header([
+        "model",
+        "check",
+        "deviation",
+        "tolerance",
+        "",
+        "where",
+    ]);
+    for check in checks {
+        table.add_row([
+            check.model.clone(),
+            check.name.clone(),
+            format!("{:.1e}", check.deviation),
+            format!("{:.0e}", check.tolerance),
+            if check.passed { "ok" } else { "WRONG" }.to_owned(),
+            check.detail.clone(),
+        ]);
+    }
+    table
+}

@@ -1,0 +1,103 @@
+//! Holds engines against the independent reference: a framework that computes the wrong thing quickly
+//! must not win.
+
+mod checks;
+mod compare;
+pub mod reference;
+mod session;
+
+use crate::record::CellError;
+use crate::worker::{Failure, WorkerCommand};
+use evalfw_engine::protocol::EngineInfo;
+use reference::Reference;
+use serde::Serialize;
+
+/// How much is checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// Every model and every check.
+    Full,
+    /// What `run` does before an engine's timings count: one model, without the curves.
+    Short,
+}
+
+/// One quantity against its tolerance.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Check {
+    /// The reference model.
+    pub model: String,
+    pub name: String,
+    /// The largest deviation that was seen.
+    pub deviation: f64,
+    pub tolerance: f64,
+    pub passed: bool,
+    /// Where the deviation is, or what was compared.
+    pub detail: String,
+}
+
+/// An engine's checks, and what ended them early.
+#[derive(Debug, Serialize)]
+pub struct Verdict {
+    pub engine: String,
+    pub info: Option<EngineInfo>,
+    pub checks: Vec<Check>,
+    /// The worker failed before all checks were done.
+    pub failure: Option<CellError>,
+    #[serde(skip)]
+    pub unavailable: bool,
+}
+
+impl Verdict {
+    pub fn passed(&self) -> bool {
+        self.failure.is_none() && !self.checks.is_empty() && self.checks.iter().all(|c| c.passed)
+    }
+
+    pub fn failed_checks(&self) -> impl Iterator<Item = &Check> {
+        self.checks.iter().filter(|c| !c.passed)
+    }
+
+    /// One line for the record and the report.
+    pub fn summary(&self) -> String {
+        let failed: Vec<String> = self
+            .failed_checks()
+            .map(|c| {
+                format!(
+                    "{} on {}: {:.2e}, tolerance {:.0e} ({})",
+                    c.name, c.model, c.deviation, c.tolerance, c.detail
+                )
+            })
+            .collect();
+        match (&self.failure, failed.is_empty()) {
+            (Some(error), _) => format!("verification broke off during {}: {}", error.during, error.message),
+            (None, false) => format!("wrong against the reference: {}", failed.join("; ")),
+            (None, true) => format!("{} checks against the reference hold", self.checks.len()),
+        }
+    }
+}
+
+/// Runs the checks on one engine. What goes wrong is part of the verdict.
+pub fn verify(engine: &str, command: &WorkerCommand, reference: &Reference, scope: Scope) -> Verdict {
+    let mut verdict = Verdict {
+        engine: engine.to_owned(),
+        info: None,
+        checks: Vec::new(),
+        failure: None,
+        unavailable: false,
+    };
+    for model in reference.models(scope) {
+        let mut run = checks::ModelChecks {
+            command,
+            model,
+            scope,
+            checks: &mut verdict.checks,
+            info: &mut verdict.info,
+        };
+        if let Err((failure, error)) = run.all() {
+            verdict.unavailable =
+                matches!(&failure, Failure::Engine(evalfw_engine::Error::Unavailable { .. }));
+            verdict.failure = Some(error);
+            break;
+        }
+    }
+    verdict
+}

@@ -1,0 +1,229 @@
+//! The golden files: made by transformers, peft and bitsandbytes (see `tests/reference`), compiled in,
+//! and checked against their digests before anything is held against them.
+
+use super::Scope;
+use anyhow::{Context, Result, bail};
+use evalfw_engine::config::ModelConfig;
+use evalfw_engine::lora::{AdapterTensors, read_tensors};
+use evalfw_engine::protocol::{Quantization, TrainingConfig};
+use include_dir::{Dir, include_dir};
+use safetensors::SafeTensors;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+static GOLDEN: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/tests/reference/golden");
+const MANIFEST: &str = include_str!("../../tests/reference/manifest.json");
+/// The model of the short form: a head of its own, grouped heads, a rope theta of its own, in bf16.
+const SHORT_MODEL: &str = "untied-6q3kv";
+
+/// The reference on disk, for workers to load from.
+pub struct Reference {
+    models: Vec<ReferenceModel>,
+    _unpacked: Option<TempDir>,
+}
+
+/// One golden model with everything that is known of it.
+pub struct ReferenceModel {
+    pub name: String,
+    pub model: PathBuf,
+    pub config: ModelConfig,
+    pub batches: PathBuf,
+    /// Number of batches.
+    pub lines: usize,
+    pub adapter: PathBuf,
+    pub trained_adapter: PathBuf,
+    pub prompts: Vec<Prompt>,
+    /// Quantization → `base` or an adapter's folder → mean loss of each batch.
+    pub losses: BTreeMap<String, BTreeMap<String, Vec<f64>>>,
+    /// Of line 0 with `adapter`.
+    pub gradients: AdapterTensors,
+    pub gradients_nf4: AdapterTensors,
+    pub curves: BTreeMap<String, Curve>,
+}
+
+pub struct Prompt {
+    pub tokens: Vec<u32>,
+    /// `[tokens, vocab_size]`
+    pub logits: Vec<f32>,
+    /// The greedy continuation.
+    pub continuation: Vec<u32>,
+}
+
+#[derive(Deserialize)]
+pub struct Curve {
+    pub settings: CurveSettings,
+    pub steps: Vec<CurveStep>,
+}
+
+#[derive(Deserialize)]
+pub struct CurveSettings {
+    learning_rate: f64,
+    betas: [f64; 2],
+    eps: f64,
+    weight_decay: f64,
+    max_grad_norm: Option<f64>,
+    quantization: Quantization,
+}
+
+#[derive(Deserialize)]
+pub struct CurveStep {
+    /// Lines of the batches, one for each micro-batch.
+    pub lines: Vec<usize>,
+    /// Before the update.
+    pub loss: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+}
+
+impl CurveSettings {
+    pub fn quantization(&self) -> Quantization {
+        self.quantization
+    }
+
+    pub fn training(&self) -> TrainingConfig {
+        TrainingConfig {
+            learning_rate: self.learning_rate,
+            beta1: self.betas[0],
+            beta2: self.betas[1],
+            epsilon: self.eps,
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
+            gradient_checkpointing: true,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Manifest {
+    golden: BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+struct Greedy {
+    tokens: Vec<u32>,
+}
+
+#[derive(Deserialize)]
+struct AdapterShape {
+    r: usize,
+}
+
+impl Reference {
+    /// The golden files that are compiled in, unpacked into a temporary folder.
+    pub fn built_in() -> Result<Self> {
+        let folder =
+            tempfile::Builder::new().prefix("evalfw-reference-").tempdir().context("no temporary folder")?;
+        GOLDEN.extract(folder.path()).context("the reference could not be unpacked")?;
+        let mut reference = Self::read_golden(folder.path(), MANIFEST)?;
+        reference._unpacked = Some(folder);
+        Ok(reference)
+    }
+
+    /// A folder of the same form: `manifest.json` and `golden/`.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join("manifest.json");
+        let manifest = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        Self::read_golden(&folder.join("golden"), &manifest)
+    }
+
+    fn read_golden(golden: &Path, manifest: &str) -> Result<Self> {
+        let manifest: Manifest = serde_json::from_str(manifest).context("manifest.json")?;
+        check_digests(golden, &manifest)?;
+        let mut models = Vec::new();
+        let names: std::collections::BTreeSet<&str> = manifest
+            .golden
+            .keys()
+            .filter_map(|file| file.split_once("/model/"))
+            .map(|(name, _)| name)
+            .collect();
+        for name in names {
+            models.push(ReferenceModel::read(name, &golden.join(name))?);
+        }
+        if models.is_empty() {
+            bail!("{}: no reference model", golden.display());
+        }
+        Ok(Self { models, _unpacked: None })
+    }
+
+    pub fn models(&self, scope: Scope) -> Vec<&ReferenceModel> {
+        let short = self.models.iter().find(|m| m.name == SHORT_MODEL).or(self.models.first());
+        match scope {
+            Scope::Full => self.models.iter().collect(),
+            Scope::Short => short.into_iter().collect(),
+        }
+    }
+}
+
+/// An altered or missing golden file would let a wrong engine pass.
+fn check_digests(golden: &Path, manifest: &Manifest) -> Result<()> {
+    for (file, expected) in &manifest.golden {
+        let path = golden.join(file);
+        let bytes =
+            std::fs::read(&path).with_context(|| format!("{}: golden file is missing", path.display()))?;
+        let found: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        if &found != expected {
+            bail!(
+                "{}: golden file was altered: sha256 {found}, manifest.json has {expected}",
+                path.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+impl ReferenceModel {
+    fn read(name: &str, folder: &Path) -> Result<Self> {
+        let model = folder.join("model");
+        let config = ModelConfig::read(&model)?;
+        let adapter = folder.join("adapter");
+        let AdapterShape { r } = json(&adapter.join("adapter_config.json"))?;
+        let batches = folder.join("batches.jsonl");
+        let lines = evalfw_engine::batch::read_batches(&batches)?.len();
+        let prompts: Vec<Vec<u32>> = json(&folder.join("prompts.json"))?;
+        let greedy: Vec<Greedy> = json(&folder.join("greedy.json"))?;
+        let logits = folder.join("logits.safetensors");
+        let prompts = prompts
+            .into_iter()
+            .zip(greedy)
+            .enumerate()
+            .map(|(i, (tokens, greedy))| {
+                let logits = read_f32(&logits, &format!("prompt_{i}"))?;
+                anyhow::Ok(Prompt { tokens, logits, continuation: greedy.tokens })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            name: name.to_owned(),
+            prompts,
+            lines,
+            batches,
+            losses: json(&folder.join("losses.json"))?,
+            gradients: read_tensors(&folder.join("gradients.safetensors"), &config, r)?,
+            gradients_nf4: read_tensors(&folder.join("gradients_nf4.safetensors"), &config, r)?,
+            curves: json(&folder.join("curves.json"))?,
+            trained_adapter: folder.join("trained_adapter"),
+            adapter,
+            model,
+            config,
+        })
+    }
+}
+
+fn json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    serde_json::from_str(&text).with_context(|| path.display().to_string())
+}
+
+/// A tensor of f32 values.
+pub fn read_f32(path: &Path, name: &str) -> Result<Vec<f32>> {
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let file = SafeTensors::deserialize(&bytes).with_context(|| path.display().to_string())?;
+    let tensor = file.tensor(name).with_context(|| format!("{}: {name}", path.display()))?;
+    if tensor.dtype() != safetensors::Dtype::F32 {
+        bail!("{}: {name} has dtype {:?}, expected F32", path.display(), tensor.dtype());
+    }
+    Ok(tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+}
