@@ -180,10 +180,13 @@ pub struct DecodeSample {
     pub seconds: Vec<f64>,
 }
 
+/// The probe that says whether the engine held against the reference before it was timed.
+pub const REFERENCE_PROBE: &str = "reference_parity";
+
 /// A capability that the cell exercised, with the evidence.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
-    /// As in `reports/criteria.toml`.
+    /// As in `reports/criteria.toml`, or [`REFERENCE_PROBE`].
     pub name: String,
     pub passed: bool,
     pub evidence: String,

@@ -14,7 +14,7 @@ use support::{Workspace, micro_model_with};
 fn a_run_measures_every_cell_and_writes_record_and_report() {
     let workspace = Workspace::new();
     let run = workspace.quick("candle-cpu,burn-flex").assert().success();
-    run.stdout(predicate::str::contains("candle-cpu").and(predicate::str::contains("report.md")));
+    run.stdout(predicate::str::contains("candle-cpu").and(predicate::str::contains("REPORT.md")));
 
     let records = workspace.records();
     let of = |engine: &str, kind: &str| -> CellRecord {
@@ -205,4 +205,19 @@ fn an_interrupted_run_leaves_no_worker_and_can_be_resumed() {
     assert!(after.starts_with(&before), "the finished cell was kept");
     let outcomes: Vec<_> = workspace.records().iter().map(|r| (r.parameters.kind(), r.outcome)).collect();
     assert_eq!(outcomes, [("load", Outcome::Ok), ("train", Outcome::Ok), ("infer", Outcome::Ok)]);
+}
+
+#[test]
+fn nan_in_a_checkpoint_is_a_failure_that_names_the_tensor() {
+    let workspace = Workspace::new();
+    let path = workspace.model().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = file.tensor("model.layers.1.mlp.up_proj.weight").unwrap();
+    let start = tensor.data().as_ptr() as usize - bytes.as_ptr() as usize;
+    bytes[start..start + 2].copy_from_slice(&[0xc0, 0x7f]);
+    fs::write(&path, bytes).unwrap();
+    let run = workspace.quick("candle-cpu").args(["--scenario", "load"]).assert().code(1);
+    run.stderr(predicate::str::contains("model.layers.1.mlp.up_proj.weight"));
+    assert_eq!(workspace.records()[0].outcome, Outcome::Failed);
 }

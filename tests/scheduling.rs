@@ -61,7 +61,7 @@ fn context() -> RunContext {
         synthetic: true,
         origin: "test".into(),
     };
-    RunContext { models: vec![model], environment: Environment::detect() }
+    RunContext { models: vec![model], environment: Environment::detect(), verdicts: Default::default() }
 }
 
 fn run(folder: &Path, cells: &[Cell], done: &BTreeSet<String>) -> Vec<String> {

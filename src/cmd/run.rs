@@ -17,9 +17,12 @@ use crate::run::progress::Progress;
 use crate::run::settings::Settings;
 use crate::run::{RunContext, execute};
 use crate::scenario::{Library, Scenario};
+use crate::verify::reference::Reference;
+use crate::verify::{Scope, Verdict, verify};
+use crate::worker::WorkerCommand;
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -196,8 +199,26 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<P
         let once = interleaved(suite, &[(engine, model)]).into_iter().filter(|c| c.repetition == 0);
         unavailable.extend(once.map(|cell| (cell, reason.clone())));
     }
-    let context = RunContext { models: models.records, environment: Environment::detect() };
+    let verdicts = verify_all(&engines, settings.threads, progress)?;
+    let context = RunContext { models: models.records, environment: Environment::detect(), verdicts };
     Ok(Prepared { context, cells: interleaved(suite, &engines), unavailable, inputs: models.inputs })
+}
+
+/// Holds each engine against the reference, in short, before anything of it is timed.
+fn verify_all(
+    engines: &[(String, usize)],
+    threads: Option<usize>,
+    progress: &Progress,
+) -> Result<BTreeMap<String, Verdict>> {
+    let reference = Reference::built_in()?;
+    let mut verdicts = BTreeMap::new();
+    for (engine, _) in engines {
+        let command = WorkerCommand::built_in(engine, threads)?;
+        let verdict = verify(engine, &command, &reference, Scope::Short);
+        progress.say(&format!("{engine}: {}", verdict.summary()));
+        verdicts.insert(engine.clone(), verdict);
+    }
+    Ok(verdicts)
 }
 
 /// The largest checkpoint that a software adapter runs when nobody asked for it by name.

@@ -1,6 +1,7 @@
 //! `evalfw verify`: holds the engines against the independent reference.
 
 use crate::engines::{self, ENGINES};
+use crate::record::Outcome;
 use crate::verify::reference::Reference;
 use crate::verify::{Check, Scope, Verdict, verify};
 use crate::worker::WorkerCommand;
@@ -55,7 +56,7 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     let mut verdicts = Vec::new();
     for engine in names {
         let verdict = verify(engine, &WorkerCommand::built_in(engine, None)?, &reference, scope);
-        if verdict.unavailable && !named {
+        if verdict.outcome == Outcome::Unavailable && !named {
             continue;
         }
         if !args.json {
@@ -77,7 +78,7 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
 
 fn show(verdict: &Verdict) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    let word = if verdict.passed() { "ok" } else { "WRONG" };
+    let word = verdict.outcome.as_str();
     writeln!(out, "{}: {word}: {}", verdict.engine, verdict.summary())?;
     if !verdict.checks.is_empty() {
         writeln!(out, "{}\n", table(&verdict.checks))?;

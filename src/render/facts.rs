@@ -1,6 +1,6 @@
 //! Who, when and on what: the header of the report.
 
-use crate::record::{CellRecord, ModelRecord, Outcome};
+use crate::record::{CellRecord, ModelRecord, Outcome, REFERENCE_PROBE};
 use evalfw_engine::protocol::DeviceKind;
 use jiff::Timestamp;
 use serde::Serialize;
@@ -55,6 +55,8 @@ pub struct Engine {
     pub driver: Option<String>,
     pub compute_dtype: Option<String>,
     pub features: Vec<String>,
+    /// What the check against the reference said.
+    pub reference: Option<String>,
     pub threads: Option<usize>,
 }
 
@@ -119,9 +121,16 @@ impl Engine {
             driver: device.and_then(|d| d.driver.clone()),
             compute_dtype: cell.compute_dtype.clone(),
             features: cell.engine_features.clone(),
+            reference: reference(cell),
             threads: cell.threads,
         }
     }
+}
+
+fn reference(cell: &CellRecord) -> Option<String> {
+    let probe = cell.samples.probes.iter().find(|p| p.name == REFERENCE_PROBE);
+    let failed = cell.error.as_ref().filter(|_| cell.outcome == Outcome::Wrong);
+    probe.map(|p| p.evidence.clone()).or(failed.map(|e| e.message.clone()))
 }
 
 /// Each value once, in order of appearance.

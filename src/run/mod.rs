@@ -11,18 +11,23 @@ use crate::measure::host::Environment;
 use crate::measure::metrics;
 use crate::plan::Cell;
 use crate::probe::Reason;
-use crate::record::{CellError, CellRecord, ModelRecord, Outcome, RunLog, SCHEMA, Samples};
+use crate::record::{
+    CellError, CellRecord, ModelRecord, Outcome, Probe, REFERENCE_PROBE, RunLog, SCHEMA, Samples,
+};
 use crate::stats::median;
+use crate::verify::Verdict;
 use anyhow::Result;
 use cell::{Execution, Executor};
 use evalfw_engine::protocol::EngineInfo;
 use progress::Progress;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What is the same for all cells of a run.
 pub struct RunContext {
     pub models: Vec<ModelRecord>,
     pub environment: Environment,
+    /// What the reference said of each engine. An engine that is wrong is not timed.
+    pub verdicts: BTreeMap<String, Verdict>,
 }
 
 /// Runs the cells that are not in `done` one after the other and appends a row as each ends. Returns
@@ -42,12 +47,14 @@ pub fn execute(
             continue;
         }
         progress.begin(index, cells.len(), &id);
-        let execution = executor.execute(cell, progress);
+        let record = match context.verdicts.get(&cell.engine) {
+            Some(verdict) if !verdict.passed() => context.unverified(cell, verdict),
+            _ => context.record(cell, executor.execute(cell, progress)),
+        };
         if interrupt::requested() {
             // A cell that was cut short is no result; `--resume` runs it again.
             break;
         }
-        let record = context.record(cell, execution);
         log.append(&record)?;
         progress.end(&record);
         records.push(record);
@@ -58,7 +65,14 @@ pub fn execute(
 
 impl RunContext {
     fn record(&self, cell: &Cell, execution: Execution) -> CellRecord {
-        let Execution { info, started_at, wall_seconds, samples, failure } = execution;
+        let Execution { info, started_at, wall_seconds, mut samples, failure } = execution;
+        if let Some(verdict) = self.verdicts.get(&cell.engine) {
+            samples.probes.push(Probe {
+                name: REFERENCE_PROBE.into(),
+                passed: verdict.passed(),
+                evidence: verdict.summary(),
+            });
+        }
         let outcome = failure.as_ref().map_or(Outcome::Ok, |(outcome, _)| *outcome);
         let counts = outcome == Outcome::Ok;
         // A wrong or half answer voids the speed; its samples stay.
@@ -84,6 +98,17 @@ impl RunContext {
             stderr_tail: reason.stderr_tail.clone(),
         };
         self.empty(cell, None, reason.outcome, Some(error))
+    }
+
+    /// The row of a cell that was not run, because its engine does not hold against the reference.
+    fn unverified(&self, cell: &Cell, verdict: &Verdict) -> CellRecord {
+        let error = CellError {
+            during: "verify".into(),
+            message: verdict.summary(),
+            advice: Some(format!("`evalfw verify --engine {}` shows every check", cell.engine)),
+            stderr_tail: verdict.failure.as_ref().map_or_else(Vec::new, |f| f.stderr_tail.clone()),
+        };
+        self.empty(cell, verdict.info.clone(), verdict.outcome, Some(error))
     }
 
     fn empty(

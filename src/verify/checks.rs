@@ -4,7 +4,7 @@
 //! sums: some 1e-6 of the largest value in models of this size. The tolerances leave room for longer
 //! sums and for fused kernels, and are far below what any mistake in the arithmetic makes.
 
-use super::compare::{Deviation, relative, relative_to_largest, tensors};
+use super::compare::{Deviation, relative, relative_to_largest, tensors, whole};
 use super::reference::{Curve, ReferenceModel, read_f32};
 use super::session::{Broken, Session};
 use super::{Check, Scope};

@@ -6,8 +6,8 @@ mod compare;
 pub mod reference;
 mod session;
 
-use crate::record::CellError;
-use crate::worker::{Failure, WorkerCommand};
+use crate::record::{CellError, Outcome};
+use crate::worker::WorkerCommand;
 use evalfw_engine::protocol::EngineInfo;
 use reference::Reference;
 use serde::Serialize;
@@ -41,15 +41,14 @@ pub struct Verdict {
     pub engine: String,
     pub info: Option<EngineInfo>,
     pub checks: Vec<Check>,
-    /// The worker failed before all checks were done.
+    /// `ok`, `wrong`, or how the worker failed before all checks were done.
+    pub outcome: Outcome,
     pub failure: Option<CellError>,
-    #[serde(skip)]
-    pub unavailable: bool,
 }
 
 impl Verdict {
     pub fn passed(&self) -> bool {
-        self.failure.is_none() && !self.checks.is_empty() && self.checks.iter().all(|c| c.passed)
+        self.outcome == Outcome::Ok
     }
 
     pub fn failed_checks(&self) -> impl Iterator<Item = &Check> {
@@ -81,8 +80,8 @@ pub fn verify(engine: &str, command: &WorkerCommand, reference: &Reference, scop
         engine: engine.to_owned(),
         info: None,
         checks: Vec::new(),
+        outcome: Outcome::Ok,
         failure: None,
-        unavailable: false,
     };
     for model in reference.models(scope) {
         let mut run = checks::ModelChecks {
@@ -93,11 +92,13 @@ pub fn verify(engine: &str, command: &WorkerCommand, reference: &Reference, scop
             info: &mut verdict.info,
         };
         if let Err((failure, error)) = run.all() {
-            verdict.unavailable =
-                matches!(&failure, Failure::Engine(evalfw_engine::Error::Unavailable { .. }));
+            verdict.outcome = failure.outcome();
             verdict.failure = Some(error);
-            break;
+            return verdict;
         }
+    }
+    if verdict.checks.is_empty() || verdict.failed_checks().next().is_some() {
+        verdict.outcome = Outcome::Wrong;
     }
     verdict
 }

@@ -65,6 +65,16 @@ impl<'a> WeightLoader<'a> {
         Self { checkpoint, quantization, times }
     }
 
+    /// Where the weights come from.
+    pub fn checkpoint(&self) -> &'a Checkpoint {
+        self.checkpoint
+    }
+
+    /// The form in which projections are handed out.
+    pub fn quantization(&self) -> Quantization {
+        self.quantization
+    }
+
     pub fn config(&self) -> &'a ModelConfig {
         &self.checkpoint.config
     }
