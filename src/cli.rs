@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::cmd::{engines, run, synth, verify, worker};
+use crate::output::note;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -48,16 +49,20 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(code) => code,
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("evalfw: {error:#}");
+            note(&format!("evalfw: {}", message(&error)));
             ExitCode::from(EXIT_ERROR)
         }
     }
 }
 
-/// The reader of our output has seen enough, as in `evalfw engines | head -1`.
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let io = error.downcast_ref::<std::io::Error>();
-    io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+/// The error and its causes on one line. Some errors tell their cause themselves.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }

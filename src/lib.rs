@@ -10,6 +10,7 @@ pub mod engines;
 pub mod interrupt;
 pub mod measure;
 pub mod model;
+pub mod output;
 pub mod plan;
 pub mod probe;
 pub mod record;

@@ -106,8 +106,11 @@ impl Scenario {
                 if s.gradient_accumulation_steps > 1 {
                     label += &format!("-ga{}", s.gradient_accumulation_steps);
                 }
-                if !s.gradient_checkpointing {
-                    label += "-nockpt";
+                for (unusual, mark) in [(!s.gradient_checkpointing, "-nockpt"), (!s.packing, "-padded")] {
+                    label += if unusual { mark } else { "" };
+                }
+                if s.lora_r != LoraConfig::default().r {
+                    label += &format!("-r{}", s.lora_r);
                 }
                 label
             }
@@ -203,6 +206,19 @@ pub struct Suite {
 pub struct SuiteCell {
     pub scenario: Scenario,
     pub repetitions: u32,
+}
+
+impl Suite {
+    /// Checks what the types cannot say.
+    pub fn check(&self) -> Result<()> {
+        for cell in &self.cells {
+            if cell.repetitions == 0 {
+                bail!("repetitions must be at least 1");
+            }
+            cell.scenario.check()?;
+        }
+        check_distinct(&self.cells)
+    }
 }
 
 #[derive(Deserialize)]
@@ -315,6 +331,7 @@ impl Library {
                 cells.push(SuiteCell { scenario, repetitions });
             }
         }
+        check_distinct(&cells).with_context(place)?;
         if cells.is_empty() {
             bail!("{}: no cells{}", place(), if only.is_some() { " of the scenarios asked for" } else { "" });
         }
@@ -326,6 +343,17 @@ impl Library {
             seed: raw.seed,
             cells,
         })
+    }
+}
+
+/// Cells are told apart by their label, which names the parameters that people vary.
+fn check_distinct(cells: &[SuiteCell]) -> Result<()> {
+    let mut labels = std::collections::BTreeSet::new();
+    match cells.iter().map(|c| c.scenario.label()).find(|label| !labels.insert(label.clone())) {
+        Some(label) => {
+            bail!("two cells are called {label}: they must differ in a parameter that is in the name")
+        }
+        None => Ok(()),
     }
 }
 
@@ -414,6 +442,16 @@ mod tests {
         let all = sweep(&table);
         assert_eq!(all.len(), 4);
         assert!(all.iter().all(|t| t["c"] == 5.into() && !t["a"].is_array()));
+    }
+
+    #[test]
+    fn two_cells_of_one_name_are_refused() {
+        let twice = library(&[(
+            "suites/quick.toml",
+            "[[cells]]",
+            "[[cells]]\nscenario = \"load\"\nrepetitions = 1\n\n[[cells]]",
+        )]);
+        assert!(error(&twice, "quick").contains("two cells are called load"));
     }
 
     #[test]

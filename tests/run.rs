@@ -221,3 +221,41 @@ fn nan_in_a_checkpoint_is_a_failure_that_names_the_tensor() {
     run.stderr(predicate::str::contains("model.layers.1.mlp.up_proj.weight"));
     assert_eq!(workspace.records()[0].outcome, Outcome::Failed);
 }
+
+#[test]
+fn resuming_a_finished_run_changes_nothing() {
+    let workspace = Workspace::new();
+    workspace.quick("candle-cpu,candle-metal").args(["--scenario", "load"]).assert().code(1);
+    let run = workspace.runs().pop().unwrap();
+    let before = fs::read_to_string(run.join("cells.jsonl")).unwrap();
+    // From another folder: the model was given by its path.
+    workspace.evalfw().current_dir("/").args(["run", "--resume"]).arg(&run).assert().code(1);
+    assert_eq!(fs::read_to_string(run.join("cells.jsonl")).unwrap(), before);
+}
+
+#[test]
+fn a_run_is_not_resumed_with_other_weights() {
+    let workspace = Workspace::new();
+    workspace.quick("candle-cpu").args(["--scenario", "load"]).assert().success();
+    let run = workspace.runs().pop().unwrap();
+    fs::remove_dir_all(workspace.model()).unwrap();
+    micro_model_with(&workspace.model(), u64::MAX, false);
+    let resumed = workspace.evalfw().args(["run", "--resume"]).arg(&run).assert().code(2);
+    resumed.stderr(predicate::str::contains("micro is not the one that this run began with"));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_cannot_be_written_is_an_error_and_no_panic() {
+    let workspace = Workspace::new();
+    let full = || Stdio::from(fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin("evalfw"));
+    command.current_dir(workspace.path(".")).args(["run", "--suite", "quick", "--engine", "candle-cpu"]);
+    command.args(["--scenario", "load", "--model"]).arg(workspace.model());
+    let output = command.stdout(full()).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("standard output") && !stderr.contains("panicked"), "{stderr}");
+    // Nobody reads the progress: the run goes on.
+    assert_eq!(command.stdout(Stdio::null()).stderr(full()).status().unwrap().code(), Some(0));
+}

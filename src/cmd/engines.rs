@@ -1,6 +1,7 @@
 //! `evalfw engines`: what can run on this machine, and what is missing.
 
 use crate::engines::ENGINES;
+use crate::output::print;
 use crate::probe::{Availability, probe};
 use anyhow::Result;
 use clap::Args;
@@ -8,7 +9,6 @@ use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{ContentArrangement, Table};
 use evalfw_engine::protocol::EngineInfo;
 use serde::Serialize;
-use std::io::Write;
 use std::process::ExitCode;
 
 /// List every engine and device, whether it can run here, and what to install if not
@@ -40,13 +40,11 @@ pub fn run(args: &EnginesArgs) -> Result<ExitCode> {
             Row { engine: engine.name, summary: engine.summary, available, details }
         })
         .collect();
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        serde_json::to_writer_pretty(&mut out, &rows)?;
-        writeln!(out)?;
-    } else {
-        writeln!(out, "{}", table(&rows))?;
-    }
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&rows)?,
+        false => table(&rows).to_string(),
+    };
+    print(&(text + "\n"))?;
     Ok(ExitCode::SUCCESS)
 }
 

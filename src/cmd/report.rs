@@ -1,11 +1,11 @@
 //! `evalfw report`: renders a run's report again, from its record alone.
 
 use crate::decide::criteria::Criteria;
+use crate::output::print;
 use crate::record;
 use crate::render::{report, terminal};
 use anyhow::{Context, Result};
 use clap::Args;
-use std::io::{ErrorKind, Write};
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
 
@@ -78,15 +78,6 @@ fn link_prefix(output: &Path, run_folder: &Path) -> Result<String> {
         _ => None,
     });
     Ok(up.chain(down).map(|part| part + "/").collect())
-}
-
-/// A reader that stops reading, such as `head`, is no error.
-fn print(text: &str) -> Result<()> {
-    let mut output = std::io::stdout().lock();
-    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
-        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
-        other => other.context("standard output"),
-    }
 }
 
 #[cfg(test)]

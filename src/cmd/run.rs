@@ -7,6 +7,7 @@ use crate::engines::{self, ENGINES};
 use crate::interrupt;
 use crate::measure::host::Environment;
 use crate::model::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
+use crate::output::{note, print};
 use crate::plan::{Cell, interleaved};
 use crate::probe::{Availability, Reason, probe};
 use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};
@@ -77,7 +78,7 @@ pub struct RunArgs {
 pub fn run(args: &RunArgs) -> Result<ExitCode> {
     interrupt::install()?;
     let (settings, resumed) = match &args.resume {
-        Some(folder) => (Settings::read(folder)?, Some(folder.as_path())),
+        Some(folder) => (resumed_settings(folder)?, Some(folder.as_path())),
         None => (settings(args)?, None),
     };
     let data = match &settings.data {
@@ -89,26 +90,44 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         None => args.out.clone(),
     };
     std::fs::create_dir_all(&root).with_context(|| format!("{}: cannot be written", root.display()))?;
-    let done = resumed.map_or(Ok(BTreeSet::new()), finished_cells)?;
+    let earlier = resumed.map_or(Ok(Vec::new()), earlier_records)?;
 
     let progress = Progress::new();
-    let prepared = prepare(&settings, &data, &progress)?;
-    if interrupt::requested() {
+    let Some(prepared) = prepare(&settings, &data, &progress)? else {
         return Ok(ExitCode::from(interrupt::EXIT_CODE));
-    }
+    };
+    let Prepared { context, cells, unavailable, inputs } = prepared;
+    check_same_models(&earlier, &context.models)?;
     let folder = match resumed {
         Some(folder) => folder.to_owned(),
         None => new_run_folder(&root, &settings)?,
     };
     let mut log = RunLog::open(&folder)?;
-    let Prepared { context, cells, unavailable, inputs } = prepared;
+    let done: BTreeSet<String> =
+        earlier.iter().filter(|r| r.outcome == Outcome::Ok).map(|r| r.cell.clone()).collect();
     for (cell, reason) in &unavailable {
-        log.append(&context.unavailable(cell, reason))?;
+        let row = context.unavailable(cell, reason);
+        // What was measured stays, even if the engine cannot run any more.
+        let settled =
+            |r: &CellRecord| r.cell == row.cell && matches!(r.outcome, Outcome::Ok | Outcome::Unavailable);
+        if !earlier.iter().any(settled) {
+            log.append(&row)?;
+        }
     }
     let mut executor =
         WorkerExecutor { models: inputs, logs: folder.join("logs"), threads: settings.threads };
     execute(&context, &cells, &done, &mut executor, &mut log, &progress)?;
     conclude(args, &settings, &root, &folder)
+}
+
+/// `run.json` may have been edited by hand.
+fn resumed_settings(folder: &Path) -> Result<Settings> {
+    let settings = Settings::read(folder)?;
+    for engine in &settings.engines {
+        engines::find(engine)?;
+    }
+    settings.suite.check().with_context(|| folder.join("run.json").display().to_string())?;
+    Ok(settings)
 }
 
 fn settings(args: &RunArgs) -> Result<Settings> {
@@ -123,9 +142,7 @@ fn settings(args: &RunArgs) -> Result<Settings> {
     for name in &args.engine {
         engines::find(name)?;
     }
-    if args.threads == Some(0) {
-        bail!("--threads 0: at least one thread is needed");
-    }
+    check_threads(args.threads)?;
     let named = !args.engine.is_empty();
     let mut engines: Vec<String> = match named {
         true => args.engine.clone(),
@@ -137,26 +154,54 @@ fn settings(args: &RunArgs) -> Result<Settings> {
         suite,
         engines,
         engines_named: named,
-        model: args.model.clone(),
+        model: args.model.as_deref().map(absolute_if_folder).transpose()?,
         data: args.data.clone().map(std::path::absolute).transpose()?,
         threads: args.threads,
     })
 }
 
-/// Cells that a resumed run keeps.
-fn finished_cells(folder: &Path) -> Result<BTreeSet<String>> {
-    if !folder.join(record::CELLS_FILE).exists() {
-        return Ok(BTreeSet::new());
+/// A run must be resumable from any folder.
+fn absolute_if_folder(model: &str) -> Result<String> {
+    if !Path::new(model).exists() {
+        return Ok(model.to_owned());
     }
-    let records = match record::read(folder) {
-        Ok(records) => records,
-        // The run was interrupted before its first cell ended.
-        Err(_) if std::fs::metadata(folder.join(record::CELLS_FILE)).is_ok_and(|m| m.len() == 0) => {
-            Vec::new()
+    let path = std::path::absolute(model).with_context(|| model.to_owned())?;
+    path.to_str().map(str::to_owned).with_context(|| format!("{}: is not UTF-8", path.display()))
+}
+
+/// More threads than this per core only take memory and time to start.
+const MAX_THREADS_PER_CORE: usize = 8;
+
+fn check_threads(threads: Option<usize>) -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    match threads {
+        Some(0) => bail!("--threads 0: at least one thread is needed"),
+        Some(n) if n > MAX_THREADS_PER_CORE * cores => {
+            bail!("--threads {n}: more than {MAX_THREADS_PER_CORE} for each of the {cores} cores")
         }
-        Err(error) => return Err(error),
-    };
-    Ok(records.into_iter().filter(|r| r.outcome == Outcome::Ok).map(|r| r.cell).collect())
+        _ => Ok(()),
+    }
+}
+
+/// The rows that a resumed run has already.
+fn earlier_records(folder: &Path) -> Result<Vec<CellRecord>> {
+    let size = std::fs::metadata(folder.join(record::CELLS_FILE)).map_or(0, |m| m.len());
+    // The run was interrupted before its first cell ended.
+    if size == 0 { Ok(Vec::new()) } else { record::read(folder) }
+}
+
+/// A run compares engines on one model: other weights under the same name would be another run.
+fn check_same_models(earlier: &[CellRecord], models: &[ModelRecord]) -> Result<()> {
+    let changed = earlier.iter().find(|r| models.iter().any(|m| m.name == r.model.name && *m != r.model));
+    match changed {
+        Some(record) => bail!(
+            "the model {} is not the one that this run began with ({}, {} bytes); start a new run",
+            record.model.name,
+            record.model.origin,
+            record.model.checkpoint_bytes
+        ),
+        None => Ok(()),
+    }
 }
 
 struct Prepared {
@@ -168,12 +213,17 @@ struct Prepared {
 }
 
 /// Probes the engines, finds or makes the models, checks all input, and plans the cells.
-fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<Prepared> {
+/// `None` if the user interrupted.
+fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<Option<Prepared>> {
     let suite = &settings.suite;
     let mut available = Vec::new();
     let mut missing = Vec::new();
     for engine in &settings.engines {
-        match probe(engine, settings.threads) {
+        let availability = probe(engine, settings.threads);
+        if interrupt::requested() {
+            return Ok(None);
+        }
+        match availability {
             Availability::Available(info) => available.push((engine, info.device.software)),
             Availability::Unavailable(reason) => {
                 progress.say(&format!("{engine} cannot run here: {}{}", reason.reason, advice(&reason)));
@@ -201,7 +251,10 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<P
     }
     let verdicts = verify_all(&engines, settings.threads, progress)?;
     let context = RunContext { models: models.records, environment: Environment::detect(), verdicts };
-    Ok(Prepared { context, cells: interleaved(suite, &engines), unavailable, inputs: models.inputs })
+    if interrupt::requested() {
+        return Ok(None);
+    }
+    Ok(Some(Prepared { context, cells: interleaved(suite, &engines), unavailable, inputs: models.inputs }))
 }
 
 /// Holds each engine against the reference, in short, before anything of it is timed.
@@ -323,19 +376,23 @@ fn write_reports(root: &Path, folder: &Path) -> Result<PathBuf> {
     Ok(latest)
 }
 
-/// Renders the reports, prints the summary and decides the exit code.
+/// Prints the summary, renders the reports and decides the exit code.
 fn conclude(args: &RunArgs, settings: &Settings, root: &Path, folder: &Path) -> Result<ExitCode> {
     if interrupt::requested() {
-        eprintln!("interrupted; continue with: evalfw run --resume {}", folder.display());
+        note(&format!("interrupted; continue with: evalfw run --resume '{}'", folder.display()));
         return Ok(ExitCode::from(interrupt::EXIT_CODE));
     }
     let records = record::read(folder)?;
-    let report = write_reports(root, folder)?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&records)?);
-    } else {
-        println!("{}", render::terminal::summary(&records));
-        println!("report: {}", report.display());
+    // First what was measured: if the disk is full the report may fail.
+    match args.json {
+        true => print(&(serde_json::to_string_pretty(&records)? + "\n"))?,
+        false => print(&(render::terminal::summary(&records) + "\n"))?,
+    }
+    let report = write_reports(root, folder).with_context(|| {
+        format!("the record is whole, but not the report; later: evalfw report '{}'", folder.display())
+    })?;
+    if !args.json {
+        print(&format!("report: {}\n", report.display()))?;
     }
     let failed = |r: &&CellRecord| match r.outcome {
         Outcome::Ok => false,
@@ -345,7 +402,7 @@ fn conclude(args: &RunArgs, settings: &Settings, root: &Path, folder: &Path) -> 
     let failures: Vec<_> = records.iter().filter(failed).collect();
     for record in &failures {
         let message = record.error.as_ref().map_or("", |e| e.message.as_str());
-        eprintln!("{}: {}: {message}", record.cell, record.outcome.as_str());
+        note(&format!("{}: {}: {message}", record.cell, record.outcome.as_str()));
     }
     Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -2,6 +2,7 @@
 
 use crate::model::presets::Preset;
 use crate::model::synth::{self, Outcome, SynthOptions};
+use crate::output::print;
 use anyhow::{Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -16,16 +17,17 @@ pub struct SynthArgs {
     size: String,
     /// Folder to write; it must not exist or be empty
     dir: PathBuf,
+    /// Other seeds give other weights
     #[arg(long, default_value_t = SynthOptions::default().seed)]
     seed: u64,
-    /// Bytes of weights per safetensors file, in GB (10^9)
+    /// GB (10^9 bytes) of weights in each safetensors file
     #[arg(long, default_value_t = 5.0)]
     max_shard_gb: f64,
 }
 
 fn after_help() -> String {
     format!(
-        "Sizes:\n{}\n\nExamples:\n  evalfw synth tiny /tmp/tiny\n  evalfw synth 7b models/7b --seed 7",
+        "Sizes:\n{}\n\nExamples:\n  evalfw synth tiny models/tiny\n  evalfw synth 7b models/7b --seed 7",
         Preset::table()
     )
 }
@@ -48,11 +50,10 @@ pub fn run(args: &SynthArgs) -> Result<ExitCode> {
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
-    match outcome {
-        Outcome::Written => println!("wrote {} to {}", preset.name, args.dir.display()),
-        Outcome::AlreadyThere => {
-            println!("{} already holds {} of this seed", args.dir.display(), preset.name)
-        }
-    }
+    let dir = args.dir.display();
+    print(&match outcome {
+        Outcome::Written => format!("wrote {} to {dir}\n", preset.name),
+        Outcome::AlreadyThere => format!("{dir} already holds {} of this seed\n", preset.name),
+    })?;
     Ok(ExitCode::SUCCESS)
 }

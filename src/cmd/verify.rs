@@ -1,6 +1,7 @@
 //! `evalfw verify`: holds the engines against the independent reference.
 
 use crate::engines::{self, ENGINES};
+use crate::output::print;
 use crate::record::Outcome;
 use crate::verify::reference::Reference;
 use crate::verify::{Check, Scope, Verdict, verify};
@@ -8,7 +9,6 @@ use crate::worker::WorkerCommand;
 use anyhow::{Result, bail};
 use clap::Args;
 use comfy_table::{Table, presets};
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -68,22 +68,18 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
         bail!("none of the engines can run here; `evalfw engines` says what is missing");
     }
     if args.json {
-        let mut out = std::io::stdout().lock();
-        serde_json::to_writer_pretty(&mut out, &verdicts)?;
-        writeln!(out)?;
+        print(&(serde_json::to_string_pretty(&verdicts)? + "\n"))?;
     }
     let all = verdicts.iter().all(Verdict::passed);
     Ok(if all { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn show(verdict: &Verdict) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    let word = verdict.outcome.as_str();
-    writeln!(out, "{}: {word}: {}", verdict.engine, verdict.summary())?;
+    let mut text = format!("{}: {}: {}\n", verdict.engine, verdict.outcome.as_str(), verdict.summary());
     if !verdict.checks.is_empty() {
-        writeln!(out, "{}\n", table(&verdict.checks))?;
+        text += &format!("{}\n\n", table(&verdict.checks));
     }
-    Ok(())
+    print(&text)
 }
 
 fn table(checks: &[Check]) -> Table {

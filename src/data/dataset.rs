@@ -63,6 +63,8 @@ impl Dataset {
 
 fn parse(place: &str, text: &str) -> Result<Vec<Example>> {
     let mut examples = Vec::new();
+    // Editors on Windows begin a file with a byte-order mark.
+    let text = text.trim_start_matches('\u{feff}');
     for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
         let place = || format!("{place}: line {}", number + 1);
         let example: Example = serde_json::from_str(line).with_context(place)?;
@@ -89,6 +91,7 @@ mod tests {
     fn bad_data_names_file_and_line() {
         let good = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#;
         assert_eq!(parse("x", &format!("{good}\n\n{good}\n")).unwrap().len(), 2);
+        assert_eq!(parse("x", &format!("\u{feff}{good}\r\n")).unwrap().len(), 1);
         assert!(error("").contains("my/train.jsonl: the data set is empty"));
         assert!(error(&format!("{good}\nnot json")).contains("my/train.jsonl: line 2"));
         assert!(error(r#"{"messages":[{"role":"user","content":"a"}]}"#).contains("role assistant"));

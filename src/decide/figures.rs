@@ -1,7 +1,7 @@
 //! Figures of a job, from the samples of all its repetitions that ended ok.
 
 use super::jobs::Job;
-use crate::measure::metrics::{counted_steps, decode_rates, prefill_rates, rates_per_step};
+use crate::measure::metrics::{counted_decodes, counted_prefills, counted_steps};
 use crate::record::{CellRecord, LoadSample, TrainSample};
 use crate::stats::median;
 use evalfw_engine::protocol::DeviceKind;
@@ -25,6 +25,22 @@ impl Spread {
         let min = values.iter().copied().fold(f64::INFINITY, f64::min);
         let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         Some(Self { median, min, max, n: values.len() })
+    }
+
+    /// A rate out of (amount, seconds): the mean amount over the median, the longest and the shortest time,
+    /// as [`rate`](crate::measure::metrics::rate) defines it.
+    pub fn of_rate(samples: impl IntoIterator<Item = (f64, f64)>) -> Option<Self> {
+        let (amounts, seconds): (Vec<f64>, Vec<f64>) = samples.into_iter().unzip();
+        let mean = amounts.iter().sum::<f64>() / amounts.len() as f64;
+        let seconds = Self::of(seconds)?;
+        let rate = |seconds: f64| mean / seconds;
+        let spread = Self {
+            median: rate(seconds.median),
+            min: rate(seconds.max),
+            max: rate(seconds.min),
+            n: seconds.n,
+        };
+        (spread.median.is_finite() && spread.max.is_finite()).then_some(spread)
     }
 
     /// Whether every sample of this one is above every sample of the other.
@@ -54,7 +70,7 @@ impl LoadFigures {
     }
 }
 
-/// Rates per second of the steps that count; see [`rates_per_step`].
+/// Rates per second of the steps that count; see [`rate`](crate::measure::metrics::rate).
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct TrainFigures {
     pub seconds_per_step: Spread,
@@ -72,7 +88,9 @@ pub struct TrainFigures {
 impl TrainFigures {
     pub fn of(job: &Job) -> Option<Self> {
         let counted: Vec<&TrainSample> = job.ok().flat_map(|c| counted_steps(&c.samples)).collect();
-        let rate = |of: fn(&TrainSample) -> usize| Spread::of(rates_per_step(&counted, of));
+        let rate = |of: fn(&TrainSample) -> usize| {
+            Spread::of_rate(counted.iter().map(|s| (of(s) as f64, s.seconds)))
+        };
         let slots: usize = counted.iter().map(|s| s.slot_tokens).sum();
         let real: usize = counted.iter().map(|s| s.real_tokens).sum();
         Some(Self {
@@ -101,8 +119,8 @@ impl InferFigures {
     pub fn of(job: &Job) -> Option<Self> {
         let prefill: Vec<_> = job.ok().flat_map(|c| &c.samples.prefill).filter(|s| !s.warmup).collect();
         let figures = Self {
-            prefill: Spread::of(job.ok().flat_map(|c| prefill_rates(&c.samples))),
-            decode: Spread::of(job.ok().flat_map(|c| decode_rates(&c.samples))),
+            prefill: Spread::of_rate(job.ok().flat_map(|c| counted_prefills(&c.samples))),
+            decode: Spread::of_rate(job.ok().flat_map(|c| counted_decodes(&c.samples))),
             first_token: Spread::of(prefill.iter().map(|s| s.seconds)),
         };
         (figures.prefill.is_some() || figures.decode.is_some()).then_some(figures)

@@ -14,7 +14,6 @@ use crate::probe::Reason;
 use crate::record::{
     CellError, CellRecord, ModelRecord, Outcome, Probe, REFERENCE_PROBE, RunLog, SCHEMA, Samples,
 };
-use crate::stats::median;
 use crate::verify::Verdict;
 use anyhow::Result;
 use cell::{Execution, Executor};
@@ -77,7 +76,7 @@ impl RunContext {
         let counts = outcome == Outcome::Ok;
         // A wrong or half answer voids the speed; its samples stay.
         let valid = |rate: Option<f64>| rate.filter(|_| counts);
-        let decoded = median(metrics::decode_rates(&samples));
+        let decoded = metrics::rate(metrics::counted_decodes(&samples));
         CellRecord {
             tokens_per_second: valid(metrics::train_tokens_rate(&samples).or(decoded)),
             examples_per_second: valid(metrics::train_examples_rate(&samples)),

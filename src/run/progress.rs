@@ -1,5 +1,6 @@
 //! What a person sees while cells run: one live line on a terminal, one line per finished cell.
 
+use crate::output::note;
 use crate::record::{CellRecord, Outcome};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
@@ -49,7 +50,7 @@ impl Progress {
         if self.terminal {
             self.bar.println(line);
         } else {
-            eprintln!("{line}");
+            note(line);
         }
     }
 

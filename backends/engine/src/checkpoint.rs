@@ -34,6 +34,14 @@ struct Entry {
     elements: usize,
 }
 
+/// A tensor as a header describes it, of whatever type: a file may hold buffers that no model needs.
+struct Found {
+    file: PathBuf,
+    offset: u64,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
 /// The element types a checkpoint may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ElementType {
@@ -74,7 +82,7 @@ impl Checkpoint {
         }
         let mut tensors = BTreeMap::new();
         for (name, shape) in config.tensors() {
-            let Some((entry, found_shape)) = found.remove(&name) else {
+            let Some(Found { file, offset, dtype, shape: found_shape }) = found.remove(&name) else {
                 return Err(Error::file(
                     dir,
                     format_args!("tensor {name} is in none of the safetensors files"),
@@ -82,9 +90,13 @@ impl Checkpoint {
             };
             if found_shape != shape {
                 let problem = format!("{name} has shape {found_shape:?}, but config.json implies {shape:?}");
-                return Err(Error::file(&entry.file, problem));
+                return Err(Error::file(&file, problem));
             }
-            tensors.insert(name, entry);
+            let Some(dtype) = ElementType::parse(dtype) else {
+                let problem = format!("{name} has type {dtype:?}, but only F32, F16 and BF16 are read");
+                return Err(Error::file(&file, problem));
+            };
+            tensors.insert(name, Entry { file, offset, dtype, elements: shape.iter().product() });
         }
         Ok(Self { dir: dir.to_owned(), config, tensors })
     }
@@ -238,8 +250,8 @@ fn shards(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(names.into_iter().map(|name| dir.join(name)).collect())
 }
 
-/// Adds the tensors of one safetensors file to `found`, with their shapes.
-fn read_header(path: &Path, found: &mut BTreeMap<String, (Entry, Vec<usize>)>) -> Result<()> {
+/// Adds the tensors of one safetensors file to `found`.
+fn read_header(path: &Path, found: &mut BTreeMap<String, Found>) -> Result<()> {
     let fail = |problem: String| Error::file(path, problem);
     let mut file = File::open(path).map_err(|e| fail(e.to_string()))?;
     let length = file.metadata().map_err(|e| fail(e.to_string()))?.len();
@@ -263,15 +275,13 @@ fn read_header(path: &Path, found: &mut BTreeMap<String, (Entry, Vec<usize>)>) -
         return Err(fail(format!("{state}: {length} bytes, its header promises {expected}")));
     }
     for (name, info) in metadata.tensors() {
-        // Tensors of other types may be there (buffers, position ids), as long as the model needs none.
-        let Some(dtype) = ElementType::parse(info.dtype) else { continue };
-        let entry = Entry {
+        let tensor = Found {
             file: path.to_owned(),
             offset: data_start + info.data_offsets.0 as u64,
-            dtype,
-            elements: info.shape.iter().product(),
+            dtype: info.dtype,
+            shape: info.shape.clone(),
         };
-        found.insert(name, (entry, info.shape.clone()));
+        found.insert(name, tensor);
     }
     Ok(())
 }

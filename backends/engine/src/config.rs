@@ -5,6 +5,8 @@ use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
+const MAX_LAYERS: usize = 10_000;
+
 /// The shape of a Qwen2 / Qwen2.5 / Qwen2.5-Coder model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
@@ -147,6 +149,10 @@ impl RawConfig {
             }
         }
 
+        // The largest Qwen2.5 has 80 layers. A number far beyond would only eat memory before it failed.
+        if let Some(layers) = self.num_hidden_layers.filter(|&n| n > MAX_LAYERS) {
+            return Err(format!("num_hidden_layers is {layers}, which is above {MAX_LAYERS}"));
+        }
         let hidden_size = positive("hidden_size", self.hidden_size)?;
         let num_attention_heads = positive("num_attention_heads", self.num_attention_heads)?;
         let num_key_value_heads =
@@ -239,6 +245,7 @@ mod tests {
             ("rope_scaling", json!({"type": "yarn", "factor": 4.0})),
             ("hidden_act", json!("gelu")),
             ("hidden_size", json!(0)),
+            ("num_hidden_layers", json!(4_000_000_000u64)),
             ("num_key_value_heads", json!(3)),
             ("quantization_config", json!({"load_in_4bit": true})),
         ];
