@@ -77,7 +77,7 @@ fn distance(value: f64) -> String {
 pub fn duration(seconds: f64) -> String {
     let minutes = (seconds / 60.0).round() as u64;
     match minutes {
-        _ if seconds < 90.0 => format!("{seconds:.0} s"),
+        _ if seconds < 120.0 => format!("{seconds:.0} s"),
         0..60 => format!("{minutes} min"),
         _ => format!("{} h {} min", minutes / 60, minutes % 60),
     }
