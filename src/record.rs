@@ -246,11 +246,15 @@ pub fn read(path: &Path) -> Result<Vec<CellRecord>> {
             break;
         }
         let place = || format!("{}: line {number}", file_path.display());
+        if line.trim().is_empty() {
+            continue;
+        }
         let schema: SchemaOnly = serde_json::from_str(&line).with_context(place)?;
         if schema.schema != SCHEMA {
             bail!("{}: schema {} (this evalfw reads schema {SCHEMA})", place(), schema.schema);
         }
         let record: CellRecord = serde_json::from_str(&line).with_context(place)?;
+        check_times(&record).with_context(place)?;
         match records.iter_mut().find(|r| r.cell == record.cell) {
             Some(earlier) => *earlier = record,
             None => records.push(record),
@@ -260,6 +264,45 @@ pub fn read(path: &Path) -> Result<Vec<CellRecord>> {
         bail!("{}: holds no finished cell", file_path.display());
     }
     Ok(records)
+}
+
+/// Refuses times that no clock gives, before they become speeds.
+fn check_times(record: &CellRecord) -> Result<()> {
+    let samples = &record.samples;
+    if let Some(LoadSample { times, .. }) = &samples.load {
+        let named = [
+            ("read_seconds", times.read_seconds),
+            ("quantize_seconds", times.quantize_seconds),
+            ("upload_seconds", times.upload_seconds),
+            ("total_seconds", times.total_seconds),
+        ];
+        for (name, seconds) in named {
+            if !(seconds.is_finite() && seconds >= 0.0) {
+                bail!("samples.load.{name} is {seconds} (a time is finite and not negative)");
+            }
+        }
+    }
+    if record.outcome != Outcome::Ok {
+        return Ok(());
+    }
+    let positive = |seconds: f64, field: &dyn Fn() -> String| {
+        if !(seconds.is_finite() && seconds > 0.0) {
+            bail!("{} is {seconds} (the time of a sample is finite and above 0)", field());
+        }
+        Ok(())
+    };
+    for (i, sample) in samples.train.iter().enumerate() {
+        positive(sample.seconds, &|| format!("samples.train[{i}].seconds"))?;
+    }
+    for (i, sample) in samples.prefill.iter().enumerate() {
+        positive(sample.seconds, &|| format!("samples.prefill[{i}].seconds"))?;
+    }
+    for (i, sample) in samples.decode.iter().enumerate() {
+        for (token, &seconds) in sample.seconds.iter().enumerate() {
+            positive(seconds, &|| format!("samples.decode[{i}].seconds[{token}]"))?;
+        }
+    }
+    Ok(())
 }
 
 #[derive(Deserialize)]

@@ -1,13 +1,13 @@
 //! The ranking of the engines on one model.
 
 use super::criteria::Criteria;
-use super::figures::{Spread, TrainFigures};
+use super::figures::{InferFigures, Spread, TrainFigures};
 use super::jobs::{Job, reference_scenario};
 use super::knockout::{KnockOut, knock_outs};
 use super::score::{Interval, RESOLUTION, Score, compare, total};
 use super::value::BEST;
 use crate::measure::host::Environment;
-use crate::record::ModelRecord;
+use crate::record::{CellRecord, ModelRecord};
 use evalfw_engine::protocol::Quantization;
 use serde::Serialize;
 use std::cmp::Ordering;
@@ -40,13 +40,15 @@ pub struct Excluded {
     pub reasons: Vec<KnockOut>,
 }
 
-/// `engine` is nowhere better than `by`, and somewhere worse, in what was measured.
+/// `engine` is nowhere better than `by`, and somewhere worse, in the measured criteria and `speeds`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Dominated {
     pub engine: String,
     pub by: String,
-    /// Titles of the criteria in which it is worse, and `training speed`.
+    /// Titles of the criteria in which it is worse, and names of speeds, e.g. `training speed`.
     pub worse_in: Vec<String>,
+    /// What speeds of both were measured: `training`, `inference`.
+    pub speeds: Vec<&'static str>,
 }
 
 /// Who is best in one criterion.
@@ -142,16 +144,23 @@ impl Ranking {
                 knocked_out.push(Excluded { engine: engine.to_owned(), reasons });
             }
         }
-        let speed = speed_ratios(&on_model, model, &candidates);
         let obstacle = obstacle(&on_model, &candidates);
+        let speed = match obstacle {
+            None => speed_ratios(&on_model, model, &candidates),
+            Some(_) => None,
+        };
+        let winner = |index| match winner(&candidates, index) {
+            Winner::Engine { .. } | Winner::Tie if obstacle.is_some() => Winner::NotDecided,
+            other => other,
+        };
         Self {
             model: model.name.clone(),
             parameters: model.parameters,
             dominated: match obstacle {
-                None => dominated(&candidates, criteria, speed.as_ref()),
+                None => dominated(&candidates, criteria, &speeds(&on_model, model, speed.as_ref())),
                 Some(_) => Vec::new(),
             },
-            winners: (0..criteria.criteria.len()).map(|i| winner(&candidates, i)).collect(),
+            winners: (0..criteria.criteria.len()).map(winner).collect(),
             verdict: verdict(&candidates, criteria, obstacle),
             speed,
             candidates,
@@ -185,13 +194,52 @@ fn speed_ratios(jobs: &[Job], model: &ModelRecord, candidates: &[Candidate]) -> 
     Some(SpeedRatios { scenario: scenario.to_owned(), engines: speeds.into_iter().map(engine).collect() })
 }
 
+/// A speed by which engines are held against each other.
+struct Speed<'a> {
+    /// `training` or `inference`.
+    kind: &'static str,
+    title: &'static str,
+    of_engines: Vec<(&'a str, Spread)>,
+}
+
+impl Speed<'_> {
+    fn of(&self, engine: &str) -> Option<Spread> {
+        self.of_engines.iter().find(|(e, _)| *e == engine).map(|(_, spread)| *spread)
+    }
+}
+
+/// Training speed, and both speeds of inference, on the jobs that engines are compared on.
+fn speeds<'a>(jobs: &[Job<'a>], model: &ModelRecord, training: Option<&'a SpeedRatios>) -> Vec<Speed<'a>> {
+    let scenario = reference_scenario(jobs, &model.name, "infer");
+    let is_reference = |j: &&Job| Some(j.scenario) == scenario && j.quantization == Quantization::Nf4;
+    let figures: Vec<(&str, InferFigures)> =
+        jobs.iter().filter(is_reference).filter_map(|j| Some((j.engine, InferFigures::of(j)?))).collect();
+    let inference = |of: fn(&InferFigures) -> Option<Spread>| {
+        figures.iter().filter_map(|(engine, f)| Some((*engine, of(f)?))).collect()
+    };
+    let training = training.map(|s| s.engines.iter().map(|e| (e.engine.as_str(), e.real_tokens)).collect());
+    vec![
+        Speed { kind: "training", title: "training speed", of_engines: training.unwrap_or_default() },
+        Speed { kind: "inference", title: "prefill speed", of_engines: inference(|f| f.prefill) },
+        Speed { kind: "inference", title: "decoding speed", of_engines: inference(|f| f.decode) },
+    ]
+}
+
 /// What makes the cells of the candidates incomparable.
 fn obstacle(jobs: &[Job], candidates: &[Candidate]) -> Option<String> {
     let jobs: Vec<&Job> = jobs.iter().filter(|j| candidates.iter().any(|c| c.engine == j.engine)).collect();
-    let mut environments = jobs.iter().flat_map(|j| j.ok()).map(|c| &c.environment);
-    let first = environments.next()?;
-    if environments.any(|e| machine(e) != machine(first)) {
-        return Some("the cells come from different machines".to_owned());
+    let cells = || jobs.iter().flat_map(|j| j.ok());
+    let first = cells().next()?;
+    let differing =
+        |parts: fn(&CellRecord) -> Vec<Part>| cells().find_map(|cell| difference(parts(first), parts(cell)));
+    if let Some(difference) = differing(|c| machine(&c.environment)) {
+        return Some(format!("the cells come from different machines ({difference})"));
+    }
+    if let Some(difference) = differing(|c| build(&c.environment)) {
+        return Some(format!("the cells come from different builds of evalfw ({difference})"));
+    }
+    if let Some(difference) = differing(|c| identity(&c.model)) {
+        return Some(format!("the cells are of different models of one name ({difference})"));
     }
     for (index, job) in jobs.iter().enumerate() {
         let same_name =
@@ -206,32 +254,67 @@ fn obstacle(jobs: &[Job], candidates: &[Candidate]) -> Option<String> {
     None
 }
 
-fn machine(e: &Environment) -> (&str, &str, usize, u64, &[String]) {
-    (&e.os, &e.cpu, e.logical_cores, e.memory_bytes, &e.gpus)
+/// A property with its value in words.
+type Part = (&'static str, String);
+
+/// The properties that differ, e.g. `commit: abc, def`.
+fn difference(a: Vec<Part>, b: Vec<Part>) -> Option<String> {
+    let differing = a.into_iter().zip(b).filter(|(a, b)| a != b);
+    let parts: Vec<String> = differing.map(|((name, a), (_, b))| format!("{name}: {a}, {b}")).collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
 }
 
-/// Engines that another one dominates. Training speed counts here, though it has no score: to be
-/// nowhere better needs an order and no scale. Speeds whose samples overlap are equal.
-fn dominated(candidates: &[Candidate], criteria: &Criteria, speed: Option<&SpeedRatios>) -> Vec<Dominated> {
+fn machine(e: &Environment) -> Vec<Part> {
+    vec![
+        ("operating system", e.os.clone()),
+        ("CPU", e.cpu.clone()),
+        ("logical cores", e.logical_cores.to_string()),
+        ("bytes of memory", e.memory_bytes.to_string()),
+        ("GPUs", or_none(&e.gpus)),
+    ]
+}
+
+fn build(e: &Environment) -> Vec<Part> {
+    vec![
+        ("version", e.evalfw_version.clone()),
+        ("commit", e.commit.clone().unwrap_or_else(|| "unknown".to_owned())),
+        ("features", or_none(&e.features)),
+    ]
+}
+
+fn identity(model: &ModelRecord) -> Vec<Part> {
+    vec![
+        ("parameters", model.parameters.to_string()),
+        ("bytes of the checkpoint", model.checkpoint_bytes.to_string()),
+        ("origin", model.origin.clone()),
+    ]
+}
+
+fn or_none(names: &[String]) -> String {
+    if names.is_empty() { "none".to_owned() } else { names.join(" and ") }
+}
+
+/// Engines that another one dominates. Speeds count here, though they have no score: to be nowhere
+/// better needs an order and no scale. Speeds whose samples overlap are equal.
+fn dominated(candidates: &[Candidate], criteria: &Criteria, speeds: &[Speed]) -> Vec<Dominated> {
     let mut found = Vec::new();
     for engine in candidates {
         let by = candidates.iter().filter(|other| other.engine != engine.engine);
-        let worse_in = |other: &Candidate| worse_in(engine, other, criteria, speed);
+        let worse_in = |other: &Candidate| worse_in(engine, other, criteria, speeds);
         let first = by.filter_map(|other| Some((other, worse_in(other)?))).max_by_key(|(_, w)| w.len());
         if let Some((other, worse_in)) = first {
-            found.push(Dominated { engine: engine.engine.clone(), by: other.engine.clone(), worse_in });
+            let measured = speeds.iter().filter(|s| s.of(&engine.engine).is_some());
+            let mut speeds: Vec<&str> = measured.map(|s| s.kind).collect();
+            speeds.dedup();
+            let (engine, by) = (engine.engine.clone(), other.engine.clone());
+            found.push(Dominated { engine, by, worse_in, speeds });
         }
     }
     found
 }
 
 /// In what `a` is worse than `b`, if it is worse somewhere and better nowhere.
-fn worse_in(
-    a: &Candidate,
-    b: &Candidate,
-    criteria: &Criteria,
-    speed: Option<&SpeedRatios>,
-) -> Option<Vec<String>> {
+fn worse_in(a: &Candidate, b: &Candidate, criteria: &Criteria, speeds: &[Speed]) -> Option<Vec<String>> {
     let mut worse = Vec::new();
     for ((criterion, a), b) in criteria.criteria.iter().zip(&a.scores).zip(&b.scores) {
         if a.value().is_none() && b.value().is_none() {
@@ -243,16 +326,14 @@ fn worse_in(
             Ordering::Equal => {}
         }
     }
-    let speed_of = |engine: &str| {
-        let found = speed.and_then(|s| s.engines.iter().find(|e| e.engine == engine));
-        found.map(|e| e.real_tokens)
-    };
-    match (speed_of(&a.engine), speed_of(&b.engine)) {
-        (None, None) => {}
-        (Some(a), Some(b)) if a.is_clear_of(&b) => return None,
-        (Some(a), Some(b)) if b.is_clear_of(&a) => worse.push("training speed".to_owned()),
-        (Some(_), Some(_)) => {}
-        _ => return None,
+    for speed in speeds {
+        match (speed.of(&a.engine), speed.of(&b.engine)) {
+            (None, None) => {}
+            (Some(a), Some(b)) if a.is_clear_of(&b) => return None,
+            (Some(a), Some(b)) if b.is_clear_of(&a) => worse.push(speed.title.to_owned()),
+            (Some(_), Some(_)) => {}
+            _ => return None,
+        }
     }
     (!worse.is_empty()).then_some(worse)
 }

@@ -12,6 +12,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 const WIDTH: u32 = 860;
 const HEIGHT: u32 = 420;
 const HEADER: u32 = 64;
+const MOST_LABELS: usize = 11;
 const FONT: &str = "sans-serif";
 const INK: RGBColor = RGBColor(0x22, 0x22, 0x22);
 const GRID: RGBColor = RGBColor(0xdd, 0xdd, 0xdd);
@@ -77,6 +78,8 @@ struct Plot {
     x_title: &'static str,
     y_title: &'static str,
     x_label: fn(&f64) -> String,
+    /// At most so many labels on the x axis.
+    x_labels: usize,
     y_label: fn(&f64) -> String,
     x: std::ops::Range<f64>,
     y: std::ops::Range<f64>,
@@ -120,6 +123,7 @@ pub fn memory(jobs: &[Job], model: &str, engines: &[&str], target_bytes: u64) ->
         x_title: "seconds since the worker started",
         y_title: "GB (10^9 bytes)",
         x_label: |seconds| plain(*seconds),
+        x_labels: MOST_LABELS,
         y_label: |gb| plain(*gb),
         x: 0.0..(largest(&series, |p| p.0) * 1.01).max(1e-3),
         y: 0.0..highest * 1.08,
@@ -150,15 +154,17 @@ pub fn loss(jobs: &[Job], model: &str, engines: &[&str]) -> Result<Option<Chart>
     };
     let (low, high) = (-largest(&series, |p| -p.1), largest(&series, |p| p.1));
     let room = ((high - low) * 0.08).max(0.01);
-    let first = -largest(&series, |p| -p.0);
+    let (first, last) = (-largest(&series, |p| -p.0), largest(&series, |p| p.0));
     let plot = Plot {
         title: format!("Training loss in {scenario} on {model}"),
         x_title: "step",
         y_title: "nats per trained token",
-        // Between two steps there is nothing.
-        x_label: |step| if step.fract() == 0.0 { plain(*step) } else { String::new() },
+        x_label: |step| plain(*step),
+        // Between two steps there is nothing: ticks lie 1, 2, 5, 10, ... apart if no more than one for
+        // each step is asked for.
+        x_labels: MOST_LABELS.min((last - first) as usize + 1),
         y_label: |nats| format!("{nats:.2}"),
-        x: first..first + (largest(&series, |p| p.0) - first) * 1.01,
+        x: first..first + (last - first) * 1.01,
         y: low - room..high + room,
         overlapping: true,
         limit: None,
@@ -226,6 +232,7 @@ fn draw_on<'a>(root: &Area<'a>, plot: &Plot) -> Drawn<'a> {
         .axis_style(INK)
         .label_style((FONT, 15).into_font().color(&INK))
         .axis_desc_style((FONT, 15).into_font().color(&INK))
+        .x_labels(plot.x_labels)
         .x_label_formatter(&plot.x_label)
         .y_label_formatter(&plot.y_label)
         .x_desc(plot.x_title)

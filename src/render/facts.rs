@@ -1,5 +1,6 @@
 //! Who, when and on what: the header of the report.
 
+use super::format::duration;
 use crate::record::{CellRecord, ModelRecord, Outcome, REFERENCE_PROBE};
 use evalfw_engine::protocol::DeviceKind;
 use jiff::Timestamp;
@@ -10,6 +11,8 @@ pub struct Facts {
     /// `2025-11-23 13:04 UTC`, or as the cell says where that is no date.
     pub started: String,
     pub ended: Option<String>,
+    /// From the first start to the last end, e.g. `12 min`.
+    pub duration: Option<String>,
     pub builds: Vec<Build>,
     pub machines: Vec<Machine>,
     pub engines: Vec<Engine>,
@@ -67,8 +70,12 @@ impl Facts {
         engines.sort_by(|a, b| a.name.cmp(&b.name));
         let count = |outcome| cells.iter().filter(|c| c.outcome == outcome).count();
         Self {
-            started: first_start(cells),
-            ended: last_end(cells),
+            started: first_start(cells).map_or_else(|| started_as_written(cells), |t| minute(&t)),
+            ended: last_end(cells).map(|t| minute(&t)),
+            duration: first_start(cells).zip(last_end(cells)).map(|(start, end)| {
+                let milliseconds = end.as_millisecond() - start.as_millisecond();
+                duration(milliseconds as f64 / 1e3)
+            }),
             builds: distinct(cells.iter().map(Build::of)),
             machines: distinct(cells.iter().map(Machine::of)),
             engines,
@@ -144,18 +151,23 @@ fn distinct<T: PartialEq>(values: impl Iterator<Item = T>) -> Vec<T> {
     all
 }
 
-fn first_start(cells: &[CellRecord]) -> String {
-    let parsed = cells.iter().filter_map(|c| c.started_at.parse::<Timestamp>().ok()).min();
-    let as_written = || cells.iter().map(|c| c.started_at.clone()).min().unwrap_or_default();
-    parsed.map_or_else(as_written, |t| t.strftime("%Y-%m-%d %H:%M UTC").to_string())
+fn first_start(cells: &[CellRecord]) -> Option<Timestamp> {
+    cells.iter().filter_map(|c| c.started_at.parse().ok()).min()
 }
 
-fn last_end(cells: &[CellRecord]) -> Option<String> {
+fn started_as_written(cells: &[CellRecord]) -> String {
+    cells.iter().map(|c| c.started_at.clone()).min().unwrap_or_default()
+}
+
+fn minute(time: &Timestamp) -> String {
+    time.strftime("%Y-%m-%d %H:%M UTC").to_string()
+}
+
+fn last_end(cells: &[CellRecord]) -> Option<Timestamp> {
     let end = |cell: &CellRecord| {
         let start: Timestamp = cell.started_at.parse().ok()?;
         let milliseconds = (cell.wall_seconds * 1e3) as i64;
         Timestamp::from_millisecond(start.as_millisecond().checked_add(milliseconds)?).ok()
     };
-    let latest = cells.iter().filter_map(end).max()?;
-    Some(latest.strftime("%Y-%m-%d %H:%M UTC").to_string())
+    cells.iter().filter_map(end).max()
 }

@@ -8,6 +8,8 @@ const MARKUP: &[char] = &['\\', '`', '*', '[', ']', '<', '>', '|', '&', '~', '$'
 /// Makes the filters known to the templates.
 pub fn add_filters(environment: &mut Environment) {
     environment.add_filter("md", |text: &str| markdown(text));
+    environment.add_filter("with_code", with_code);
+    environment.add_filter("distance", distance);
     environment.add_filter("gb", gb);
     environment.add_filter("mb", |bytes: f64| format!("{:.0}", bytes / 1e6));
     environment.add_filter("sig", significant);
@@ -26,8 +28,12 @@ pub fn add_filters(environment: &mut Environment) {
 
 /// Text from outside, so that it cannot become markup, end a table cell or start a new line.
 pub fn markdown(text: &str) -> String {
+    escape(&text.split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
-    let characters: Vec<char> = text.split_whitespace().collect::<Vec<_>>().join(" ").chars().collect();
+    let characters: Vec<char> = text.chars().collect();
     for (index, &c) in characters.iter().enumerate() {
         // An underscore inside a word is none of Markdown's business.
         let in_word =
@@ -39,6 +45,42 @@ pub fn markdown(text: &str) -> String {
         escaped.push(c);
     }
     escaped
+}
+
+/// As [`markdown`], but what stands between single backticks stays code.
+fn with_code(text: &str) -> String {
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let parts: Vec<&str> = text.split('`').collect();
+    let is_paired = parts.len() % 2 == 1 && parts.iter().skip(1).step_by(2).all(|code| !code.is_empty());
+    // Two spans that touch would make a fence of two backticks.
+    let is_apart =
+        parts.iter().enumerate().all(|(i, p)| i % 2 == 1 || i == 0 || i + 1 == parts.len() || !p.is_empty());
+    if !(is_paired && is_apart) {
+        return markdown(&text);
+    }
+    let part = |(i, part): (usize, &&str)| {
+        if i % 2 == 1 { format!("`{part}`") } else { escape(part) }
+    };
+    parts.iter().enumerate().map(part).collect()
+}
+
+/// `at most 0.0012`, or that it is less than can be printed.
+fn distance(value: f64) -> String {
+    if value > 0.0 && value < 1e-6 {
+        "less than 0.000001".to_owned()
+    } else {
+        format!("at most {}", significant(value))
+    }
+}
+
+/// `45 s`, `12 min`, `3 h 5 min`.
+pub fn duration(seconds: f64) -> String {
+    let minutes = (seconds / 60.0).round() as u64;
+    match minutes {
+        _ if seconds < 120.0 => format!("{seconds:.0} s"),
+        0..60 => format!("{minutes} min"),
+        _ => format!("{} h {} min", minutes / 60, minutes % 60),
+    }
 }
 
 /// A fence for a code block that no line of `text` can close.
@@ -123,6 +165,23 @@ mod tests {
         assert_eq!(markdown("a|b `c`\n*d*"), r"a\|b \`c\` \*d\*");
         assert_eq!(markdown("<b> & [x](y)"), r"\<b\> \& \[x\](y)");
         assert_eq!(markdown("model.layers.0_a _b_"), r"model.layers.0_a \_b\_");
+    }
+
+    #[test]
+    fn only_paired_backticks_make_code() {
+        assert_eq!(with_code("run `a_*`\nnow"), "run `a_*` now");
+        assert_eq!(with_code("<b> `x` *y*"), r"\<b\> `x` \*y\*");
+        assert_eq!(with_code("`open"), r"\`open");
+        assert_eq!(with_code("``` <b>"), r"\`\`\` \<b\>");
+        assert_eq!(with_code("`a``b`"), r"\`a\`\`b\`");
+    }
+
+    #[test]
+    fn durations_are_as_long_as_they_need() {
+        let cases = [(45.0, "45 s"), (300.0, "5 min"), (3_600.0, "1 h 0 min"), (11_100.0, "3 h 5 min")];
+        for (seconds, expected) in cases {
+            assert_eq!(duration(seconds), expected);
+        }
     }
 
     #[test]

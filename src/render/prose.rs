@@ -6,6 +6,9 @@ use crate::decide::Decision;
 use crate::decide::ranking::{Dominated, Excluded, Lead, Missing, Ranking, Verdict, Winner};
 use crate::decide::score::{Basis, Score};
 
+/// With fewer timed training steps of any engine the report gives no advice beyond the verdict.
+const STEPS_FOR_ADVICE: usize = 6;
+
 /// How the total decides, in one sentence.
 pub const RULE: &str = "An engine wins only if its lowest possible total, with everything unknown at 0, is above \
 the highest possible total of every other engine, with everything unknown at 10; otherwise there is no clear winner.";
@@ -68,11 +71,17 @@ fn no_clear_winner(
         (None, None) => text += " In what was measured, none is ahead of all others on equal evidence.",
     }
     if let Some(engine) = undominated(ranking) {
-        text += &format!(
-            " If you must choose now, take {}: {} dominated.",
-            markdown(engine),
-            if engines.len() == 2 { "the other one is" } else { "all others are" }
-        );
+        text += &match fewest_steps(ranking) {
+            n if n < STEPS_FOR_ADVICE => format!(
+                " To advise on a choice now, too few training steps were timed: {n} of one engine, and \
+                 {STEPS_FOR_ADVICE} of each are needed."
+            ),
+            _ => format!(
+                " If you must choose now, take {}: {} dominated.",
+                markdown(engine),
+                if engines.len() == 2 { "the other one is" } else { "all others are" }
+            ),
+        };
     }
     if !missing.is_empty() {
         let names: Vec<String> =
@@ -154,8 +163,13 @@ fn beside(ranking: &Ranking, decision: &Decision) -> String {
 
 pub fn dominated(d: &Dominated) -> String {
     let worse: Vec<String> = d.worse_in.iter().map(|w| lower(w)).collect();
+    let speeds: Vec<String> = d.speeds.iter().map(|s| s.to_string()).collect();
+    let and_speeds = match speeds.as_slice() {
+        [] => String::new(),
+        speeds => format!(" and in {} speed", list(speeds)),
+    };
     format!(
-        "{} is dominated by {}: in what was measured it is nowhere better, and worse in {}.",
+        "{} is dominated by {}: it is nowhere better in the measured criteria{and_speeds}, and worse in {}.",
         markdown(&d.engine),
         markdown(&d.by),
         list(&worse)
@@ -180,7 +194,7 @@ pub fn limits(decision: &Decision, facts: &Facts) -> Vec<String> {
             parameters(ranking.parameters)
         ));
     }
-    if let Some(steps) = ranking.and_then(fewest_steps) {
+    if let Some(steps) = ranking.filter(|r| r.speed.is_some()).map(fewest_steps) {
         limits.push(format!("The training speed of each engine is a median over at least {steps} steps."));
     }
     if !decision.software_adapters.is_empty() && ranking.is_some() {
@@ -201,8 +215,13 @@ pub fn limits(decision: &Decision, facts: &Facts) -> Vec<String> {
     limits
 }
 
-fn fewest_steps(ranking: &Ranking) -> Option<usize> {
-    ranking.speed.as_ref()?.engines.iter().map(|e| e.real_tokens.n).min()
+/// Timed training steps of the candidate with the fewest.
+fn fewest_steps(ranking: &Ranking) -> usize {
+    let of_engine = |engine: &str| {
+        let speeds = ranking.speed.iter().flat_map(|s| &s.engines);
+        speeds.filter(|e| e.engine == engine).map(|e| e.real_tokens.n).sum::<usize>()
+    };
+    ranking.candidates.iter().map(|c| of_engine(&c.engine)).min().unwrap_or(0)
 }
 
 /// A title in the middle of a sentence; `QLoRA` stays as it is.

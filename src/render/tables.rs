@@ -2,7 +2,7 @@
 
 use super::trace::{CellRef, Lines};
 use crate::decide::figures::{Footprint, InferFigures, LoadFigures, TrainFigures};
-use crate::decide::jobs::Job;
+use crate::decide::jobs::{Job, reference_scenario};
 use crate::measure::memory::PhaseMemory;
 use crate::record::{CellRecord, LoadSample, ModelRecord, Outcome};
 use evalfw_engine::protocol::Quantization;
@@ -43,23 +43,28 @@ impl ModelTables {
     }
 }
 
-/// Does the engine stay within the memory target?
+/// Does the engine train within the memory target? Only the job that engines are compared on can say.
 #[derive(Debug, Clone, Serialize)]
 pub struct VerdictRow {
     pub engine: String,
     pub quantization: Quantization,
     pub verdict: Fit,
-    /// The largest of all jobs that ended ok.
+    /// What the verdict rests on where it is not the peak.
+    pub reason: Option<String>,
+    /// Of the reference job, or else the largest of the other jobs that ended ok.
     pub bytes: Option<u64>,
-    /// The true peak may be higher: a GPU's own memory is known at the end only.
+    /// Training may need more: it is not the peak of the reference job, or it is a GPU's own memory,
+    /// which is known at the end only.
     pub at_least: bool,
     pub scenario: Option<String>,
-    /// Target minus peak.
+    /// Target minus peak, where it fits.
     pub headroom_bytes: Option<i64>,
     /// Host memory beside the GPU's own.
     pub host_bytes: Option<u64>,
-    /// Scenarios that ran out of memory.
+    /// Other scenarios that ran out of memory.
     pub out_of_memory: Vec<String>,
+    /// Other scenarios whose peak is above the target.
+    pub over_in: Vec<String>,
     pub outcomes: String,
     pub source: Option<CellRef>,
 }
@@ -69,6 +74,8 @@ pub struct VerdictRow {
 pub enum Fit {
     Fits,
     Over,
+    /// The reference job ran and shows neither.
+    NotShown,
     NotMeasured,
 }
 
@@ -76,43 +83,95 @@ fn verdicts(jobs: &[&Job], target_bytes: u64, lines: &Lines) -> Vec<VerdictRow> 
     let mut keys: Vec<(&str, Quantization)> = jobs.iter().map(|j| (j.engine, j.quantization)).collect();
     keys.sort_by_key(|(engine, quantization)| (*engine, std::cmp::Reverse(*quantization)));
     keys.dedup();
+    let all: Vec<Job> = jobs.iter().map(|j| (*j).clone()).collect();
+    let reference = jobs.first().and_then(|j| reference_scenario(&all, &j.model.name, "train"));
     let row = |(engine, quantization)| {
         let own: Vec<&Job> =
             jobs.iter().copied().filter(|j| j.engine == engine && j.quantization == quantization).collect();
-        verdict(&own, target_bytes, lines)
+        verdict(&own, reference, target_bytes, lines)
     };
     keys.into_iter().filter_map(row).collect()
 }
 
-/// `jobs` are those of one engine.
-fn verdict(jobs: &[&Job], target_bytes: u64, lines: &Lines) -> Option<VerdictRow> {
+/// `jobs` are those of one engine and one storage of the base.
+fn verdict(jobs: &[&Job], reference: Option<&str>, target_bytes: u64, lines: &Lines) -> Option<VerdictRow> {
     let first = jobs.first()?;
-    let largest = jobs.iter().filter_map(|j| Footprint::of_job(j)).max_by_key(|(f, _)| f.bytes());
-    let (footprint, cell) = largest.unzip();
-    let footprint = footprint.unwrap_or(Footprint::Unknown);
-    let bytes = footprint.bytes();
-    let at_least = matches!(footprint, Footprint::AtLeast { .. });
-    let verdict = match bytes {
-        Some(bytes) if bytes > target_bytes => Fit::Over,
-        Some(_) if !at_least => Fit::Fits,
-        _ => Fit::NotMeasured,
+    let is_reference = |j: &&&Job| j.quantization == Quantization::Nf4 && Some(j.scenario) == reference;
+    let judged = jobs.iter().find(is_reference).copied();
+    let others = || jobs.iter().filter(|j| !is_reference(j));
+    let (verdict, reason) = match judged {
+        Some(job) => fit(job, target_bytes),
+        None => (Fit::NotMeasured, Some(why_not_judged(jobs, reference))),
     };
+
+    let known = |(footprint, _): &(Footprint, &CellRecord)| footprint.bytes().is_some();
+    let of_reference = judged.and_then(Footprint::of_job).filter(known);
+    let is_bound = of_reference.is_none();
+    let of_others = || others().filter_map(|j| Footprint::of_job(j)).max_by_key(|(f, _)| f.bytes());
+    let (footprint, cell) = of_reference.or_else(of_others).filter(known).unzip();
+    let bytes = footprint.and_then(|f: Footprint| f.bytes());
+    let device_only = matches!(footprint, Some(Footprint::AtLeast { .. }));
+
     let ran_out = |j: &&&Job| j.cells.iter().any(|c| c.outcome == Outcome::Oom);
+    let is_over = |j: &&&Job| {
+        Footprint::of_job(j).and_then(|(f, _)| f.bytes()).is_some_and(|bytes| bytes > target_bytes)
+    };
     let cells: Vec<&CellRecord> = jobs.iter().flat_map(|j| j.cells.iter().copied()).collect();
-    let measured = cell.filter(|_| bytes.is_some());
     Some(VerdictRow {
         engine: first.engine.to_owned(),
         quantization: first.quantization,
         verdict,
+        reason,
         bytes,
-        at_least,
-        scenario: measured.map(|c| c.scenario.clone()),
-        headroom_bytes: bytes.filter(|_| !at_least).map(|b| target_bytes as i64 - b as i64),
-        host_bytes: measured.filter(|_| at_least).and_then(|c| c.peak_memory_bytes),
-        out_of_memory: jobs.iter().filter(ran_out).map(|j| j.scenario.to_owned()).collect(),
+        at_least: bytes.is_some() && (is_bound || device_only),
+        scenario: cell.map(|c| c.scenario.clone()),
+        headroom_bytes: bytes.filter(|_| verdict == Fit::Fits).map(|b| target_bytes as i64 - b as i64),
+        host_bytes: cell.filter(|_| device_only).and_then(|c| c.peak_memory_bytes),
+        out_of_memory: others().filter(ran_out).map(|j| j.scenario.to_owned()).collect(),
+        over_in: others().filter(is_over).map(|j| j.scenario.to_owned()).collect(),
         outcomes: crate::decide::jobs::outcomes(&cells),
-        source: measured.map(|c| lines.refer(c)),
+        source: cell.map(|c| lines.refer(c)),
     })
+}
+
+/// What the reference job says about the target.
+fn fit(job: &Job, target_bytes: u64) -> (Fit, Option<String>) {
+    let ended = |outcome: Outcome| job.cells.iter().any(|c| c.outcome == outcome);
+    let all_failed = !ended(Outcome::Ok);
+    let scenario = job.scenario;
+    let ending = [
+        (Outcome::Oom, "ran out of memory"),
+        (Outcome::Wrong, "gave a wrong answer"),
+        (Outcome::Crashed, "crashed"),
+        (Outcome::Timeout, "timed out"),
+        (Outcome::Failed, "failed"),
+    ]
+    .into_iter()
+    // A repetition that was lost otherwise says nothing about memory.
+    .find(|(o, _)| ended(*o) && (all_failed || matches!(o, Outcome::Oom | Outcome::Wrong)));
+    match (ending, Footprint::of_job(job).map(|(footprint, _)| footprint)) {
+        (_, Some(Footprint::Peak { bytes } | Footprint::AtLeast { bytes })) if bytes > target_bytes => {
+            (Fit::Over, None)
+        }
+        (Some((Outcome::Oom, _)), _) if all_failed => {
+            (Fit::Over, Some(format!("out of memory in {scenario}")))
+        }
+        (Some((_, how)), _) if all_failed => (Fit::NotShown, Some(format!("{scenario} {how}"))),
+        (Some((_, how)), _) => (Fit::NotShown, Some(format!("{scenario} {how} ({})", job.outcomes()))),
+        (None, Some(Footprint::Peak { .. })) => (Fit::Fits, None),
+        (None, Some(_)) => (Fit::NotShown, Some(format!("the peak in {scenario} is not in the record"))),
+        (None, None) => (Fit::NotMeasured, Some("the engine does not run here".to_owned())),
+    }
+}
+
+/// Why there is no reference job among `jobs`.
+fn why_not_judged(jobs: &[&Job], reference: Option<&str>) -> String {
+    let is_nf4 = jobs.iter().any(|j| j.quantization == Quantization::Nf4);
+    match reference {
+        _ if !is_nf4 => "the target is for an NF4 base".to_owned(),
+        Some(scenario) if jobs.iter().any(|j| j.is_kind("train")) => format!("{scenario} was not run"),
+        _ => "training was not run".to_owned(),
+    }
 }
 
 /// Memory by phase of all jobs of one kind, each from the repetition with the highest peak.

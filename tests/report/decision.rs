@@ -217,6 +217,26 @@ fn training_speed_dominates_only_beyond_the_spread() {
 }
 
 #[test]
+fn a_faster_inference_is_not_dominated() {
+    let with_speed = |spoil: fn(&mut CellRecord)| {
+        let mut all = cells(&[lean(), fat()]);
+        all.iter_mut().filter(|c| c.engine == "fat" && c.scenario.starts_with("infer")).for_each(spoil);
+        headline(&all).dominated
+    };
+    let same = with_speed(|_| {});
+    assert_eq!(same[0].engine, "fat");
+    assert_eq!(same[0].speeds, ["training", "inference"]);
+    let faster_prefill = with_speed(|c| c.samples.prefill.iter_mut().for_each(|s| s.seconds = 0.1));
+    assert!(faster_prefill.is_empty());
+    let faster_decode = with_speed(|c| c.samples.decode.iter_mut().for_each(|s| s.seconds.fill(0.01)));
+    assert!(faster_decode.is_empty());
+    let slower_decode = with_speed(|c| c.samples.decode.iter_mut().for_each(|s| s.seconds.fill(1.0)));
+    assert!(slower_decode[0].worse_in.contains(&"decoding speed".to_owned()), "{slower_decode:?}");
+    let not_measured = with_speed(|c| *c = ended(c.clone(), Outcome::Crashed, "killed"));
+    assert!(not_measured.is_empty());
+}
+
+#[test]
 fn speed_stands_beside_the_score_as_a_ratio() {
     let ranking = headline(&cells(&[lean(), fat()]));
     let speed = ranking.speed.unwrap();
@@ -256,6 +276,32 @@ fn cells_of_different_machines_are_not_compared() {
         panic!("{:?}", decision.rankings[0].verdict)
     };
     assert!(obstacle.contains("different machines"));
+}
+
+#[test]
+fn cells_of_other_builds_or_other_models_of_one_name_are_not_compared() {
+    let obstacle_of = |spoil: fn(&mut CellRecord)| {
+        let mut all = cells(&[lean(), fat()]);
+        all.iter_mut().filter(|c| c.engine == "fat").for_each(spoil);
+        let ranking = decide(&all, &memory_only()).rankings[0].clone();
+        assert!(ranking.speed.is_none() && ranking.winners == [Winner::NotDecided], "{ranking:?}");
+        match ranking.verdict {
+            Verdict::NoClearWinner { obstacle: Some(obstacle), lead: None, .. } => obstacle,
+            other => panic!("{other:?}"),
+        }
+    };
+    let cases: [(fn(&mut CellRecord), _); 6] = [
+        (|c| c.environment.evalfw_version = "0.2.0".into(), "builds of evalfw (version: 0.2.0, 0.1.0)"),
+        (|c| c.environment.commit = Some("fedc".into()), "builds of evalfw (commit: fedc, 0123456789ab)"),
+        (|c| c.environment.features.truncate(1), "(features: candle, candle and burn)"),
+        (|c| c.model.parameters += 1, "models of one name (parameters: 494032769, 494032768)"),
+        (|c| c.model.checkpoint_bytes = 7, "(bytes of the checkpoint: 7, 988065536)"),
+        (|c| c.model.origin = "a hub".into(), "(origin: a hub, preset qwen2.5-coder-0.5b, seed 42)"),
+    ];
+    for (spoil, expected) in cases {
+        let obstacle = obstacle_of(spoil);
+        assert!(obstacle.contains(expected), "{obstacle}");
+    }
 }
 
 #[test]

@@ -132,6 +132,46 @@ fn figures_point_to_the_line_of_their_cell() {
     assert!(row.contains(&format!("[{line}](cells.jsonl#L{line})")) && row.contains("2.31"), "{row}");
 }
 
+/// The row of the one engine in the table of the verdict.
+fn verdict_row(cells: &[CellRecord]) -> String {
+    let text = report(cells).markdown;
+    let table = text.split("GB verdict").nth(1).unwrap();
+    table.lines().find(|l| l.starts_with("| candle-cpu | NF4 |")).unwrap().to_owned()
+}
+
+#[test]
+fn only_training_that_ended_ok_says_that_an_engine_fits() {
+    let engine = Engine::new("candle-cpu", 2.0, 1.0);
+    let loads = [engine.cell(&load(), 0)];
+    let row = verdict_row(&loads);
+    assert!(row.contains("| not measured (training was not run) | at least 1.20 | – | load |"), "{row}");
+
+    let with_train = |outcome| {
+        let train = ended(engine.cell(&train(256), 0), outcome, "it ended");
+        verdict_row(&[loads[0].clone(), train])
+    };
+    for (outcome, verdict) in [
+        (Outcome::Oom, "**does not fit**: out of memory in train-s256-b1"),
+        (Outcome::Crashed, "not shown: train-s256-b1 crashed"),
+        (Outcome::Timeout, "not shown: train-s256-b1 timed out"),
+        (Outcome::Wrong, "not shown: train-s256-b1 gave a wrong answer"),
+    ] {
+        let row = with_train(outcome);
+        assert!(row.contains(&format!("| {verdict} | at least 1.20 | – | load |")), "{row}");
+    }
+
+    // The small job does not stand for the large one that engines are compared on.
+    let large = ended(engine.cell(&train(2048), 0), Outcome::Crashed, "killed");
+    let row = verdict_row(&[engine.cell(&train(256), 0), large]);
+    assert!(row.contains("not shown: train-s2048-b1 crashed | at least 2.00 | – | train-s256-b1"), "{row}");
+}
+
+#[test]
+fn training_over_the_target_has_no_headroom() {
+    let row = verdict_row(&Engine::new("candle-cpu", 17.0, 1.0).cells());
+    assert!(row.contains("| **does not fit** | 17.00 | – | train-s256-b1 |"), "{row}");
+}
+
 #[test]
 fn a_resumed_cell_is_traced_to_its_last_line() {
     let engine = Engine::new("candle-cpu", 2.0, 1.0);
@@ -194,6 +234,21 @@ fn a_single_engine_wins_no_comparison() {
 }
 
 #[test]
+fn advice_to_choose_needs_six_timed_steps_of_each_engine() {
+    let engines = [Engine::new("a", 2.0, 1.0), Engine::new("b", 2.0, 5.0)];
+    let all: Vec<CellRecord> = engines.iter().flat_map(Engine::cells).collect();
+    let text = report(&all).markdown;
+    assert!(text.contains("If you must choose now, take a"), "{text}");
+    let dominated = "b is dominated by a: it is nowhere better in the measured criteria and in training and \
+                     inference speed, and worse in training speed.";
+    assert!(text.contains(dominated), "{text}");
+    let once: Vec<CellRecord> = all.into_iter().filter(|c| c.repetition == 0).collect();
+    let text = report(&once).markdown;
+    assert!(!text.contains("If you must choose now"), "{text}");
+    assert!(text.contains("too few training steps were timed: 3 of one engine"), "{text}");
+}
+
+#[test]
 fn a_partial_record_of_loads_alone_renders() {
     let cells: Vec<CellRecord> =
         ["a", "b"].iter().map(|name| Engine::new(name, 2.0, 1.0).cell(&load(), 0)).collect();
@@ -252,6 +307,83 @@ fn a_folder_without_a_record_is_an_error_that_names_it() {
     let dir = tempfile::tempdir().unwrap();
     let message = format!("{:#}", run(&arguments(dir.path())).unwrap_err());
     assert!(message.contains("cells.jsonl"), "{message}");
+}
+
+#[test]
+fn blank_lines_in_a_record_are_skipped_and_keep_their_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::new("candle-cpu", 2.0, 1.0);
+    write(dir.path(), &[engine.cell(&load(), 0), engine.cell(&train(256), 0)]);
+    let path = dir.path().join("cells.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, format!("\n{}\n \n", text.replace('\n', "\n\n"))).unwrap();
+    assert_eq!(evalfw::record::read(&path).unwrap().len(), 2);
+    let report = render(dir.path(), "", &Criteria::built_in().unwrap()).unwrap();
+    assert!(report.markdown.contains("[4](cells.jsonl#L4)"), "{}", report.markdown);
+}
+
+#[test]
+fn times_that_no_clock_gives_are_refused_by_line_and_field() {
+    let engine = Engine::new("candle-cpu", 2.0, 1.0);
+    let refusal = |scenario: &evalfw::scenario::Scenario, spoil: fn(&mut CellRecord)| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut cell = engine.cell(scenario, 0);
+        spoil(&mut cell);
+        write(dir.path(), &[engine.cell(&load(), 1), cell]);
+        evalfw::record::read(dir.path()).map_err(|e| format!("{e:#}"))
+    };
+    let cases: [(_, fn(&mut CellRecord), _); 4] = [
+        (train(256), |c| c.samples.train[2].seconds = 0.0, "samples.train[2].seconds is 0"),
+        (infer(), |c| c.samples.prefill[1].seconds = -1.0, "samples.prefill[1].seconds is -1"),
+        (infer(), |c| c.samples.decode[0].seconds[3] = -0.5, "samples.decode[0].seconds[3] is -0.5"),
+        (
+            load(),
+            |c| c.samples.load.as_mut().unwrap().times.read_seconds = -2.0,
+            "samples.load.read_seconds is -2",
+        ),
+    ];
+    for (scenario, spoil, expected) in cases {
+        let message = refusal(&scenario, spoil).unwrap_err();
+        assert!(message.contains("line 2") && message.contains(expected), "{message}");
+    }
+    // What a cell that failed left behind is in no figure.
+    let of_failed = |c: &mut CellRecord| {
+        c.outcome = Outcome::Failed;
+        c.samples.train[2].seconds = 0.0;
+    };
+    assert!(refusal(&train(256), of_failed).is_ok());
+}
+
+#[test]
+fn commands_in_an_advice_stay_code() {
+    let advice = "build with the cargo feature `cuda_*`, not <b>";
+    let text = report(&unavailable("candle-cuda", "no CUDA device", advice)).markdown;
+    let expected = "What to do: build with the cargo feature `cuda_*`, not \\<b\\>\n";
+    assert!(text.contains(expected), "{text}");
+}
+
+#[test]
+fn losses_that_are_all_but_equal_are_not_called_equal() {
+    let engines = |offset| {
+        let other = Engine { loss_offset: offset, ..Engine::new("b", 2.0, 1.0) };
+        let cells: Vec<CellRecord> =
+            [Engine::new("a", 2.0, 1.0), other].iter().flat_map(Engine::cells).collect();
+        report(&cells).markdown
+    };
+    assert!(engines(3e-9).contains("lie less than 0.000001 nats apart"));
+    assert!(engines(0.25).contains("lie at most 0.250 nats apart"));
+    assert!(engines(0.0).contains("lie at most 0 nats apart"));
+}
+
+#[test]
+fn the_axis_of_steps_has_whole_numbers_only() {
+    let report = report(&typical_run());
+    let loss = report.charts.iter().find(|c| c.file.contains("loss-qwen")).unwrap();
+    // The fixture trains four steps: 0 to 3.
+    let whole: Vec<&str> =
+        loss.svg.lines().map(str::trim).filter(|l| ["0", "1", "2", "3"].contains(l)).collect();
+    assert_eq!(whole, ["0", "1", "2", "3"], "{}", loss.svg);
+    assert!(!loss.svg.lines().any(|l| l.trim() == "0.5" || l.trim().is_empty()), "{}", loss.svg);
 }
 
 #[test]
