@@ -17,7 +17,8 @@ use minijinja::value::Serde;
 use minijinja::{UndefinedBehavior, context};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::Path;
 
 const TEMPLATE_NAME: &str = "report.md.j2";
 const TEMPLATE: &str = include_str!("../../reports/report.md.j2");
@@ -68,15 +69,33 @@ pub fn write(run: &Path, output: &Path, link_prefix: &str, criteria: &Criteria) 
     Ok(report)
 }
 
+/// Writes beside the target and renames: a full disk must not leave half a report where a whole one was.
 fn write_file(path: &Path, text: &str) -> Result<()> {
-    let parent: PathBuf = path.parent().map(Path::to_owned).unwrap_or_default();
-    let written = match parent.as_os_str().is_empty() {
-        true => Ok(()),
-        false => std::fs::create_dir_all(&parent),
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
     };
-    written
-        .and_then(|()| std::fs::write(path, text))
-        .with_context(|| format!("{}: cannot be written", path.display()))
+    let write = || {
+        std::fs::create_dir_all(parent)?;
+        let mut file = tempfile::NamedTempFile::new_in(parent)?;
+        file.write_all(text.as_bytes())?;
+        readable_by_all(file.as_file())?;
+        file.persist(path).map_err(|e| e.error)?;
+        std::io::Result::Ok(())
+    };
+    write().with_context(|| format!("{}: cannot be written", path.display()))
+}
+
+/// Temporary files are private; a report is not.
+#[cfg(unix)]
+fn readable_by_all(file: &std::fs::File) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(std::fs::Permissions::from_mode(0o644))
+}
+
+#[cfg(not(unix))]
+fn readable_by_all(_: &std::fs::File) -> std::io::Result<()> {
+    Ok(())
 }
 
 impl Findings {

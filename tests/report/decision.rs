@@ -309,7 +309,7 @@ fn jobs_of_one_name_with_other_parameters_are_not_compared() {
     let mut all = cells(&[lean()]);
     let mut scenario = train(256);
     if let evalfw::scenario::Scenario::Train(s) = &mut scenario {
-        s.lora_r = 64;
+        s.lora_dropout = 0.0;
     }
     all.extend([fat().cell(&load(), 0), fat().cell(&scenario, 0), fat().cell(&infer(), 0)]);
     let Verdict::NoClearWinner { obstacle: Some(obstacle), .. } = headline(&all).verdict else {
