@@ -91,9 +91,9 @@ pub fn verify(engine: &str, command: &WorkerCommand, reference: &Reference, scop
             checks: &mut verdict.checks,
             info: &mut verdict.info,
         };
-        if let Err((failure, error)) = run.all() {
-            verdict.outcome = failure.outcome();
-            verdict.failure = Some(error);
+        if let Err(broken) = run.all() {
+            verdict.outcome = broken.outcome;
+            verdict.failure = Some(broken.error);
             return verdict;
         }
     }

@@ -1,6 +1,6 @@
 //! A conversation with a worker that has one reference model loaded.
 
-use crate::record::CellError;
+use crate::record::{CellError, Outcome};
 use crate::worker::{Client, Failure, WorkerCommand};
 use evalfw_engine::protocol::{CallType, EngineInfo, Load, Quantization};
 use std::path::Path;
@@ -9,7 +9,17 @@ use std::time::Duration;
 /// Shader compilation on a software adapter is the slowest thing that happens in one call.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
-pub type Broken = (Failure, CellError);
+/// What ended the checks of an engine early.
+pub struct Break {
+    pub outcome: Outcome,
+    pub error: CellError,
+}
+
+pub type Broken = Box<Break>;
+
+fn broken(failure: &Failure, during: &str, stderr_tail: Vec<String>) -> Broken {
+    Box::new(Break { outcome: failure.outcome(), error: failure.record(during, stderr_tail) })
+}
 
 pub struct Session {
     client: Client,
@@ -21,10 +31,7 @@ impl Session {
         model: &Path,
         quantization: Quantization,
     ) -> Result<(Self, EngineInfo), Broken> {
-        let client = Client::start(command, None, TIMEOUT).map_err(|failure| {
-            let error = failure.record("start", Vec::new());
-            (failure, error)
-        })?;
+        let client = Client::start(command, None, TIMEOUT).map_err(|f| broken(&f, "start", Vec::new()))?;
         let mut session = Self { client };
         let hello = session.client.hello();
         let info = session.named("hello", hello)?;
@@ -43,9 +50,6 @@ impl Session {
     }
 
     fn named<T>(&self, during: &str, result: Result<T, Failure>) -> Result<T, Broken> {
-        result.map_err(|failure| {
-            let error = failure.record(during, self.client.stderr_tail());
-            (failure, error)
-        })
+        result.map_err(|failure| broken(&failure, during, self.client.stderr_tail()))
     }
 }
