@@ -192,6 +192,11 @@ pub struct Probe {
     pub evidence: String,
 }
 
+/// This moment as it stands in the record: RFC 3339, UTC.
+pub fn now() -> String {
+    jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
 /// The append-only file of a run.
 pub struct RunLog {
     path: PathBuf,

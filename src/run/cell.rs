@@ -5,7 +5,7 @@ use super::progress::Progress;
 use super::scenarios;
 use crate::measure::memory::MemoryProbe;
 use crate::plan::Cell;
-use crate::record::{CellError, Outcome, Samples};
+use crate::record::{self, CellError, Outcome, Samples};
 use crate::worker::{Client, Failure, WorkerCommand};
 use evalfw_engine::protocol::{CallType, EngineInfo};
 use std::path::PathBuf;
@@ -35,7 +35,7 @@ pub struct WorkerExecutor {
 
 impl Executor for WorkerExecutor {
     fn execute(&mut self, cell: &Cell, progress: &Progress) -> Execution {
-        let started_at = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        let started_at = record::now();
         let start = Instant::now();
         let mut execution = Execution {
             info: None,

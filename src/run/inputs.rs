@@ -110,7 +110,7 @@ impl ModelInputs {
         Ok(inputs)
     }
 
-    /// Whether the train batches come from the data set; otherwise they are random ids.
+    /// What was prepared for this scenario; it was among those given to [`Self::prepare`].
     pub fn train(&self, scenario: &TrainScenario) -> &TrainInputs {
         &self.train[&Scenario::Train(scenario.clone()).label()]
     }

@@ -12,7 +12,7 @@ use crate::measure::metrics;
 use crate::plan::Cell;
 use crate::probe::Reason;
 use crate::record::{
-    CellError, CellRecord, ModelRecord, Outcome, Probe, REFERENCE_PROBE, RunLog, SCHEMA, Samples,
+    self, CellError, CellRecord, ModelRecord, Outcome, Probe, REFERENCE_PROBE, RunLog, SCHEMA, Samples,
 };
 use crate::verify::Verdict;
 use anyhow::Result;
@@ -138,7 +138,7 @@ impl RunContext {
             seed: cell.seed,
             outcome,
             error,
-            started_at: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            started_at: record::now(),
             wall_seconds: 0.0,
             peak_memory_bytes: None,
             tokens_per_second: None,

@@ -31,18 +31,12 @@ impl OpenDevice {
 fn flex() -> OpenDevice {
     let info = DeviceInfo {
         kind: DeviceKind::Cpu,
-        name: cpu_name().unwrap_or_else(|| format!("{} CPU", std::env::consts::ARCH)),
+        name: evalfw_engine::host::cpu_name(),
         driver: None,
         software: false,
         memory_bytes: None,
     };
     OpenDevice { kind: BurnDevice::Flex, device: Device::flex(), info, max_buffer_bytes: u64::MAX }
-}
-
-fn cpu_name() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("model name"))?;
-    Some(line.split_once(':')?.1.trim().to_owned())
 }
 
 /// burn can set up an adapter only once in a process.

@@ -15,6 +15,7 @@ pub mod config;
 pub mod dropout;
 mod engine;
 mod error;
+pub mod host;
 pub mod lora;
 pub mod nf4;
 pub mod protocol;
