@@ -102,6 +102,9 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         Some(folder) => folder.to_owned(),
         None => new_run_folder(&root, &settings)?,
     };
+    // Also of a resumed run: logs are not kept under version control.
+    let logs = folder.join("logs");
+    std::fs::create_dir_all(&logs).with_context(|| format!("{}: cannot be written", logs.display()))?;
     let mut log = RunLog::open(&folder)?;
     let done: BTreeSet<String> =
         earlier.iter().filter(|r| r.outcome == Outcome::Ok).map(|r| r.cell.clone()).collect();
@@ -114,8 +117,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
             log.append(&row)?;
         }
     }
-    let mut executor =
-        WorkerExecutor { models: inputs, logs: folder.join("logs"), threads: settings.threads };
+    let mut executor = WorkerExecutor { models: inputs, logs, threads: settings.threads };
     execute(&context, &cells, &done, &mut executor, &mut log, &progress)?;
     conclude(args, &settings, &root, &folder)
 }
@@ -360,8 +362,6 @@ fn new_run_folder(root: &Path, settings: &Settings) -> Result<PathBuf> {
         number += 1;
         folder = root.join(format!("{stamp}-{}-{number}", settings.suite.name));
     }
-    let logs = folder.join("logs");
-    std::fs::create_dir(&logs).with_context(|| format!("{}: cannot be written", logs.display()))?;
     settings.write(&folder)?;
     Ok(folder)
 }
