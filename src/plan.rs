@@ -2,6 +2,7 @@
 
 use crate::scenario::{Scenario, Suite};
 use evalfw_engine::protocol::Quantization;
+use std::collections::BTreeMap;
 
 /// One cell to run.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,8 +31,13 @@ pub fn quantization_name(quantization: Quantization) -> &'static str {
 }
 
 /// Orders the cells so that a slow drift of the machine hits all engines alike: each repetition goes
-/// through all engines, in turn from the front and from the back (A B B A).
-pub fn interleaved(suite: &Suite, engines: &[(String, usize)]) -> Vec<Cell> {
+/// through all engines, in turn from the front and from the back (A B B A). A scenario that brings its
+/// own model finds it in `own_models`.
+pub fn interleaved(
+    suite: &Suite,
+    engines: &[(String, usize)],
+    own_models: &BTreeMap<String, usize>,
+) -> Vec<Cell> {
     let rounds = suite.cells.iter().map(|c| c.repetitions).max().unwrap_or(0);
     let mut cells = Vec::new();
     for repetition in 0..rounds {
@@ -40,9 +46,10 @@ pub fn interleaved(suite: &Suite, engines: &[(String, usize)]) -> Vec<Cell> {
             if repetition % 2 == 1 {
                 round.reverse();
             }
+            let own_model = cell.scenario.own_model().and_then(|name| own_models.get(name));
             cells.extend(round.into_iter().map(|(engine, model)| Cell {
                 engine: engine.clone(),
-                model: *model,
+                model: *own_model.unwrap_or(model),
                 scenario: cell.scenario.clone(),
                 repetition,
                 seed: suite.seed,
@@ -61,7 +68,7 @@ mod tests {
     fn engines_take_turns_from_both_ends() {
         let mut suite = Library::built_in().suite("quick", Some(&["load".into()])).unwrap();
         suite.cells[0].repetitions = 3;
-        let cells = interleaved(&suite, &[("a".into(), 0), ("b".into(), 1)]);
+        let cells = interleaved(&suite, &[("a".into(), 0), ("b".into(), 1)], &BTreeMap::new());
         let order: Vec<_> = cells.iter().map(|c| format!("{}{}", c.engine, c.repetition)).collect();
         assert_eq!(order, ["a0", "b0", "b1", "a1", "a2", "b2"]);
         assert!(cells.iter().all(|c| (c.engine == "b") == (c.model == 1)));

@@ -7,7 +7,7 @@ use evalfw::run::cell::{Execution, Executor};
 use evalfw::run::progress::Progress;
 use evalfw::run::{RunContext, execute};
 use evalfw::scenario::{Library, Suite};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Runs nothing; engines called `broken` fail. Checks that every earlier row is on disk already.
@@ -74,7 +74,7 @@ fn run(folder: &Path, cells: &[Cell], done: &BTreeSet<String>) -> Vec<String> {
 #[test]
 fn cells_run_interleaved_and_a_failure_stops_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let cells = interleaved(&suite(2), &[("good".into(), 0), ("broken".into(), 0)]);
+    let cells = interleaved(&suite(2), &[("good".into(), 0), ("broken".into(), 0)], &BTreeMap::new());
     let executed = run(folder.path(), &cells, &BTreeSet::new());
     assert_eq!(
         executed,
@@ -105,7 +105,7 @@ fn cells_run_interleaved_and_a_failure_stops_nothing() {
 #[test]
 fn cells_that_are_done_are_not_run_again() {
     let folder = tempfile::tempdir().unwrap();
-    let cells = interleaved(&suite(1), &[("good".into(), 0)]);
+    let cells = interleaved(&suite(1), &[("good".into(), 0)], &BTreeMap::new());
     let done = ["good/m/load/nf4/0".to_owned()].into();
     assert_eq!(run(folder.path(), &cells, &done), ["good/m/train-s64-b1/nf4/0"]);
 }
@@ -113,7 +113,7 @@ fn cells_that_are_done_are_not_run_again() {
 #[test]
 fn a_record_of_another_schema_or_with_a_broken_row_is_refused_by_line() {
     let folder = tempfile::tempdir().unwrap();
-    run(folder.path(), &interleaved(&suite(1), &[("good".into(), 0)]), &BTreeSet::new());
+    run(folder.path(), &interleaved(&suite(1), &[("good".into(), 0)], &BTreeMap::new()), &BTreeSet::new());
     let path = folder.path().join("cells.jsonl");
     let good = std::fs::read_to_string(&path).unwrap();
     let message = |text: String| {

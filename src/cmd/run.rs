@@ -240,23 +240,37 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
     let mut notify = |line: &str| progress.say(line);
     let mut models = Models::new(settings, data, &mut notify)?;
     let mut engines = Vec::new();
+    let mut software_adapters = BTreeSet::new();
     for (engine, software) in available {
         let model = if software { models.for_software_adapter()? } else { models.main()? };
         engines.push((engine.clone(), model));
+        if software {
+            software_adapters.insert(engine.clone());
+        }
+    }
+    let mut own_models = BTreeMap::new();
+    for name in suite.cells.iter().filter_map(|c| c.scenario.own_model()) {
+        own_models.insert(name.to_owned(), models.get(name)?);
     }
     let mut unavailable = Vec::new();
     for (engine, reason) in missing {
         // Its rows stand beside those of the engines that ran.
         let model = engines[0].1;
-        let once = interleaved(suite, &[(engine, model)]).into_iter().filter(|c| c.repetition == 0);
+        let once =
+            interleaved(suite, &[(engine, model)], &own_models).into_iter().filter(|c| c.repetition == 0);
         unavailable.extend(once.map(|cell| (cell, reason.clone())));
     }
     let verdicts = verify_all(&engines, settings.threads, progress)?;
+    let mut cells = interleaved(suite, &engines, &own_models);
+    if !settings.engines_named {
+        // It takes a software adapter minutes, and the time would say nothing.
+        cells.retain(|c| c.scenario.own_model().is_none() || !software_adapters.contains(&c.engine));
+    }
     let context = RunContext { models: models.records, environment: Environment::detect(), verdicts };
     if interrupt::requested() {
         return Ok(None);
     }
-    Ok(Some(Prepared { context, cells: interleaved(suite, &engines), unavailable, inputs: models.inputs }))
+    Ok(Some(Prepared { context, cells, unavailable, inputs: models.inputs }))
 }
 
 /// Holds each engine against the reference, in short, before anything of it is timed.
@@ -316,7 +330,12 @@ impl<'a> Models<'a> {
             return Ok(index);
         }
         let suite = &self.settings.suite;
-        let scenarios: Vec<&Scenario> = suite.cells.iter().map(|c| &c.scenario).collect();
+        let scenarios: Vec<&Scenario> = suite
+            .cells
+            .iter()
+            .map(|c| &c.scenario)
+            .filter(|s| s.own_model().is_none_or(|own| own == spec))
+            .collect();
         let resolved = ModelSource::resolve(spec, &mut self.source)?;
         let inputs = ModelInputs::prepare(&resolved.name, &resolved.dir, self.data, &scenarios, suite.seed)?;
         self.specs.push(spec.to_owned());

@@ -87,6 +87,12 @@ pub fn arrange(cells: &[CellRecord]) -> Vec<Job<'_>> {
     jobs
 }
 
+/// The jobs that engines are compared on in memory and speed. A scenario with a model of its own asks
+/// something else.
+pub fn compared(cells: &[CellRecord]) -> Vec<Job<'_>> {
+    arrange(cells).into_iter().filter(|j| j.parameters.own_model().is_none()).collect()
+}
+
 /// The models of the jobs, from small to large.
 pub fn models<'a>(jobs: &[Job<'a>]) -> Vec<&'a ModelRecord> {
     let mut models: Vec<&ModelRecord> = jobs.iter().map(|j| j.model).collect();
@@ -97,12 +103,13 @@ pub fn models<'a>(jobs: &[Job<'a>]) -> Vec<&'a ModelRecord> {
     models
 }
 
-/// Orders scenarios: load, train, infer, and each from small to large.
+/// Orders scenarios: load, train, infer, quality, and each from small to large.
 fn size(scenario: &Scenario) -> (u8, usize) {
     match scenario {
         Scenario::Load(_) => (0, 0),
         Scenario::Train(s) => (1, s.sequence_length * s.batch_size),
         Scenario::Infer(s) => (2, s.prompt_tokens + s.generate_tokens),
+        Scenario::Quality(s) => (3, s.train.sequence_length * s.train.batch_size),
     }
 }
 

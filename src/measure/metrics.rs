@@ -40,6 +40,25 @@ pub fn train_examples_rate(samples: &Samples) -> Option<f64> {
     rate(counted_steps(samples).map(|s| (s.examples as f64, s.seconds)))
 }
 
+/// What it took to bring the evaluation loss down to a target.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TimeToTarget {
+    pub steps: u64,
+    /// All training steps and all evaluations between them, up to the evaluation that met the target, by
+    /// the worker's clock. As in MLPerf Training, compiling and evaluating count; loading the model and
+    /// the evaluation before the first step do not.
+    pub seconds: f64,
+}
+
+/// `None` if no evaluation met the target.
+pub fn time_to_target(samples: &Samples, target_loss: f64) -> Option<TimeToTarget> {
+    let trained = || samples.evaluations.iter().filter(|e| e.after_steps > 0);
+    let met = trained().find(|e| e.loss <= target_loss)?;
+    let training: f64 = samples.train.iter().filter(|s| s.step < met.after_steps).map(|s| s.seconds).sum();
+    let evaluating: f64 = trained().filter(|e| e.after_steps <= met.after_steps).map(|e| e.seconds).sum();
+    Some(TimeToTarget { steps: met.after_steps, seconds: training + evaluating })
+}
+
 /// Largest memory over all phases.
 pub fn peak_memory(samples: &Samples) -> Option<u64> {
     samples.phases.iter().map(|p| p.peak_bytes).max()
@@ -48,10 +67,10 @@ pub fn peak_memory(samples: &Samples) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::EvaluationSample;
 
-    #[test]
-    fn a_rate_is_the_mean_amount_over_the_median_time() {
-        let step = |warmup, seconds, real_tokens| TrainSample {
+    fn step(warmup: bool, seconds: f64, real_tokens: usize) -> TrainSample {
+        TrainSample {
             step: 0,
             warmup,
             seconds,
@@ -61,7 +80,25 @@ mod tests {
             trained_tokens: 10,
             real_tokens,
             slot_tokens: 100,
+        }
+    }
+
+    #[test]
+    fn the_time_to_a_target_ends_with_the_evaluation_that_meets_it() {
+        let evaluation = |after_steps, loss| EvaluationSample { after_steps, loss, tokens: 1, seconds: 0.5 };
+        let samples = Samples {
+            train: (0..6).map(|i| TrainSample { step: i, ..step(false, 10.0, 1) }).collect(),
+            evaluations: vec![evaluation(0, 5.0), evaluation(2, 4.0), evaluation(4, 2.0), evaluation(6, 1.0)],
+            ..Samples::default()
         };
+        assert_eq!(time_to_target(&samples, 2.0), Some(TimeToTarget { steps: 4, seconds: 41.0 }));
+        assert_eq!(time_to_target(&samples, 0.5), None);
+        // A model that knew it all before did not learn it.
+        assert_eq!(time_to_target(&samples, 6.0), Some(TimeToTarget { steps: 2, seconds: 20.5 }));
+    }
+
+    #[test]
+    fn a_rate_is_the_mean_amount_over_the_median_time() {
         // 80 tokens in the mean; an even number of steps, so that the median lies between two of them.
         let train = vec![
             step(true, 50.0, 100),

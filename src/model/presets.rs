@@ -1,4 +1,5 @@
-//! The models that evalfw can write by itself: the exact shapes of Qwen2.5-Coder, and a tiny one.
+//! The models that evalfw can write by itself: the exact shapes of Qwen2.5-Coder, a tiny one, and one that
+//! can learn the data set from random weights (its head is its own, so that logits can grow).
 
 use super::{Error, Result};
 use evalfw_engine::config::ModelConfig;
@@ -26,7 +27,8 @@ struct Shape {
 }
 
 #[rustfmt::skip]
-const SHAPES: [Shape; 7] = [
+const SHAPES: [Shape; 8] = [
+    Shape { name: "learner", hidden: 128, intermediate: 384, layers: 2, heads: 4, key_value_heads: 2, vocab: 320, tied: false },
     Shape { name: "tiny", hidden: 64, intermediate: 192, layers: 2, heads: 4, key_value_heads: 2, vocab: 151_936, tied: true },
     Shape { name: "qwen2.5-coder-0.5b", hidden: 896, intermediate: 4864, layers: 24, heads: 14, key_value_heads: 2, vocab: 151_936, tied: true },
     Shape { name: "qwen2.5-coder-1.5b", hidden: 1536, intermediate: 8960, layers: 28, heads: 12, key_value_heads: 2, vocab: 151_936, tied: true },

@@ -3,6 +3,8 @@
 use super::format::plain;
 use crate::decide::figures::Footprint;
 use crate::decide::jobs::{Job, reference_scenario};
+use crate::record::Samples;
+use crate::scenario::Scenario;
 use anyhow::{Result, anyhow};
 use evalfw_engine::protocol::Quantization;
 use plotters::coord::Shift;
@@ -32,7 +34,8 @@ const PALETTE: [RGBColor; 7] = [
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chart {
     pub kind: Kind,
-    pub model: String,
+    /// The model, or the scenario where that brings its own.
+    pub subject: String,
     /// Relative to the run's folder.
     pub file: String,
     pub svg: String,
@@ -42,6 +45,7 @@ pub struct Chart {
 pub enum Kind {
     Memory,
     Loss,
+    Quality,
 }
 
 impl Kind {
@@ -49,6 +53,7 @@ impl Kind {
         match self {
             Self::Memory => "memory",
             Self::Loss => "loss",
+            Self::Quality => "quality",
         }
     }
 }
@@ -173,6 +178,61 @@ pub fn loss(jobs: &[Job], model: &str, engines: &[&str]) -> Result<Option<Chart>
     draw(&plot, Kind::Loss, model).map(Some)
 }
 
+/// The evaluation loss over the seconds of training and evaluation, with the target. `jobs` are those of
+/// one time-to-quality scenario.
+pub fn quality(jobs: &[&Job], engines: &[&str]) -> Result<Option<Chart>> {
+    let Some((job, Scenario::Quality(scenario))) = jobs.first().map(|j| (j, j.parameters)) else {
+        return Ok(None);
+    };
+    let of_job = |job: &&Job| {
+        let cell = job.ok().find(|c| c.samples.evaluations.len() > 1)?;
+        Some(Series {
+            name: job.engine.to_owned(),
+            style: style_of(job.engine, engines),
+            points: evaluation_curve(&cell.samples),
+        })
+    };
+    let series: Vec<Series> = jobs.iter().filter_map(of_job).collect();
+    if series.is_empty() {
+        return Ok(None);
+    }
+    let target = scenario.target_loss;
+    let (low, high) = ((-largest(&series, |p| -p.1)).min(target), largest(&series, |p| p.1).max(target));
+    let room = (high - low) * 0.08;
+    let plot = Plot {
+        title: format!("Evaluation loss over time in {} on {}", job.scenario, job.model.name),
+        x_title: "seconds of training and evaluation",
+        y_title: "nats per trained token",
+        x_label: |seconds| plain(*seconds),
+        x_labels: MOST_LABELS,
+        y_label: |nats| format!("{nats:.2}"),
+        x: 0.0..(largest(&series, |p| p.0) * 1.01).max(1e-3),
+        y: low - room..high + room,
+        overlapping: false,
+        limit: Some((target, format!("target: {target}"))),
+        series,
+    };
+    let subject = job.scenario.trim_start_matches("quality-");
+    draw(&plot, Kind::Quality, subject).map(Some)
+}
+
+/// (seconds, loss) of each evaluation; the clock starts with the first step.
+fn evaluation_curve(samples: &Samples) -> Vec<(f64, f64)> {
+    let mut clock = 0.0;
+    let mut trained = 0;
+    let mut curve = Vec::new();
+    for evaluation in samples.evaluations.iter().filter(|e| e.loss.is_finite()) {
+        let steps = samples.train.iter().filter(|s| (trained..evaluation.after_steps).contains(&s.step));
+        clock += steps.map(|s| s.seconds).sum::<f64>();
+        if evaluation.after_steps > 0 {
+            clock += evaluation.seconds;
+        }
+        trained = evaluation.after_steps;
+        curve.push((clock, evaluation.loss));
+    }
+    curve
+}
+
 fn reference_jobs<'j, 'a>(jobs: &'j [Job<'a>], model: &str) -> Vec<&'j Job<'a>> {
     let scenario = reference_scenario(jobs, model, "train");
     let is_reference = |j: &&Job| {
@@ -189,14 +249,14 @@ fn largest(series: &[Series], of: fn(&(f64, f64)) -> f64) -> f64 {
     series.iter().flat_map(|s| s.points.iter().map(of)).fold(f64::NEG_INFINITY, f64::max)
 }
 
-/// The model's name as part of a file name.
-fn file_name(model: &str) -> String {
+/// A name as part of a file name.
+fn file_name(subject: &str) -> String {
     let safe = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
-    model.chars().map(safe).collect()
+    subject.chars().map(safe).collect()
 }
 
-fn draw(plot: &Plot, kind: Kind, model: &str) -> Result<Chart> {
-    let file = format!("charts/{}-{}.svg", kind.name(), file_name(model));
+fn draw(plot: &Plot, kind: Kind, subject: &str) -> Result<Chart> {
+    let file = format!("charts/{}-{}.svg", kind.name(), file_name(subject));
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, (WIDTH, HEIGHT)).into_drawing_area();
@@ -207,7 +267,7 @@ fn draw(plot: &Plot, kind: Kind, model: &str) -> Result<Chart> {
     if let Some(end) = svg.find(">\n") {
         svg.insert_str(end + 2, &title);
     }
-    Ok(Chart { kind, model: model.to_owned(), file, svg })
+    Ok(Chart { kind, subject: subject.to_owned(), file, svg })
 }
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;

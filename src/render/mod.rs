@@ -5,6 +5,7 @@ mod charts;
 mod facts;
 mod format;
 mod prose;
+mod quality;
 pub mod report;
 mod tables;
 pub mod terminal;

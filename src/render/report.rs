@@ -4,11 +4,12 @@ use super::charts::{self, Chart, Kind};
 use super::facts::Facts;
 use super::format::{add_filters, link};
 use super::prose;
+use super::quality::{QualityRow, quality_rows};
 use super::tables::ModelTables;
 use super::trace::{Lines, TraceRow, record_file, rows};
 use super::troubles::{Trouble, troubles};
 use crate::decide::criteria::Criteria;
-use crate::decide::jobs::{Job, arrange, models};
+use crate::decide::jobs::{Job, arrange, compared, models};
 use crate::decide::{Decision, decide};
 use crate::record::{self, CellRecord, ModelRecord};
 use anyhow::{Context, Result};
@@ -33,6 +34,8 @@ pub struct Findings {
     pub models: Vec<ModelTables>,
     /// Figures of software adapters, apart.
     pub software: Vec<ModelTables>,
+    /// Time to quality, of all engines.
+    pub quality: Vec<QualityRow>,
     pub troubles: Vec<Trouble>,
     pub trace: Vec<TraceRow>,
 }
@@ -101,8 +104,10 @@ fn readable_by_all(_: &std::fs::File) -> std::io::Result<()> {
 impl Findings {
     pub fn of(cells: &[CellRecord], lines: &Lines, criteria: Criteria) -> Self {
         let decision = decide(cells, &criteria);
-        let jobs = arrange(cells);
-        let models: Vec<ModelRecord> = models(&jobs).into_iter().cloned().collect();
+        let all = arrange(cells);
+        let jobs = compared(cells);
+        let of_jobs = |jobs: &[Job]| -> Vec<ModelRecord> { models(jobs).into_iter().cloned().collect() };
+        let models = of_jobs(&jobs);
         let tables = |software: bool| {
             let of_model = |model: &ModelRecord| {
                 let own = jobs
@@ -115,10 +120,11 @@ impl Findings {
             models.iter().rev().filter_map(of_model).collect()
         };
         Self {
-            facts: Facts::of(cells, models.clone()),
+            facts: Facts::of(cells, of_jobs(&all)),
             models: tables(false),
             software: tables(true),
-            troubles: troubles(&jobs, lines),
+            quality: quality_rows(&all, cells, lines),
+            troubles: troubles(&all, lines),
             trace: rows(cells, lines),
             decision,
             criteria,
@@ -129,10 +135,12 @@ impl Findings {
 /// The charts of each model. Software adapters have a memory chart of their own, on a model that no
 /// other engine ran; the losses of all engines are numerics and stand on one axis.
 fn draw(cells: &[CellRecord], decision: &Decision) -> Result<Vec<Chart>> {
-    let jobs = arrange(cells);
+    let all_jobs = arrange(cells);
+    let jobs = compared(cells);
     let comparable: Vec<Job> = jobs.iter().filter(|j| !decision.is_software(j.engine)).cloned().collect();
     // Those that are compared come first and get the colours that differ most.
-    let mut engines: Vec<&str> = jobs.iter().filter(|j| j.ok().next().is_some()).map(|j| j.engine).collect();
+    let mut engines: Vec<&str> =
+        all_jobs.iter().filter(|j| j.ok().next().is_some()).map(|j| j.engine).collect();
     engines.sort_by_key(|e| (decision.is_software(e), *e));
     engines.dedup();
     let mut all = Vec::new();
@@ -141,6 +149,15 @@ fn draw(cells: &[CellRecord], decision: &Decision) -> Result<Vec<Chart>> {
         let memory_jobs = if is_compared { &comparable } else { &jobs };
         all.extend(charts::memory(memory_jobs, model, &engines, decision.memory_target_bytes)?);
         all.extend(charts::loss(&jobs, model, &engines)?);
+    }
+    for job in all_jobs.iter().filter(|j| j.parameters.own_model().is_some()) {
+        let same = |j: &&Job| j.model.name == job.model.name && j.scenario == job.scenario;
+        let is_first = all_jobs.iter().find(same).is_some_and(|first| first.engine == job.engine);
+        if is_first {
+            let jobs: Vec<&Job> =
+                all_jobs.iter().filter(same).filter(|j| !decision.is_software(j.engine)).collect();
+            all.extend(charts::quality(&jobs, &engines)?);
+        }
     }
     Ok(all)
 }
@@ -163,7 +180,7 @@ fn markdown(
     let template = environment.get_template(TEMPLATE_NAME)?;
     let linked = |kind: Kind| -> BTreeMap<&str, String> {
         let of_kind = charts.iter().filter(|c| c.kind == kind);
-        of_kind.map(|c| (c.model.as_str(), link(&format!("{link_prefix}{}", c.file)))).collect()
+        of_kind.map(|c| (c.subject.as_str(), link(&format!("{link_prefix}{}", c.file)))).collect()
     };
     let dominated: Vec<Vec<String>> = findings
         .decision
@@ -180,6 +197,7 @@ fn markdown(
         record => link(&format!("{link_prefix}{record_name}")),
         memory_charts => Serde(linked(Kind::Memory)),
         loss_charts => Serde(linked(Kind::Loss)),
+        quality_charts => Serde(linked(Kind::Quality)),
     })?;
     Ok(collapse_blank_lines(&rendered))
 }

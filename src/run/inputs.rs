@@ -28,7 +28,7 @@ pub struct ModelInputs {
     _scratch: TempDir,
 }
 
-/// Batches and the adapter of one train scenario.
+/// Batches and the adapter of one scenario that trains.
 pub struct TrainInputs {
     pub train_file: PathBuf,
     /// What is in the lines of `train_file`.
@@ -98,7 +98,7 @@ impl ModelInputs {
         };
         for scenario in scenarios {
             inputs.check_length(scenario)?;
-            if let Scenario::Train(train) = scenario
+            if let Some(train) = scenario.training()
                 && !inputs.train.contains_key(&scenario.label())
             {
                 let folder = inputs._scratch.path().join(scenario.label());
@@ -111,8 +111,8 @@ impl ModelInputs {
     }
 
     /// What was prepared for this scenario; it was among those given to [`Self::prepare`].
-    pub fn train(&self, scenario: &TrainScenario) -> &TrainInputs {
-        &self.train[&Scenario::Train(scenario.clone()).label()]
+    pub fn train(&self, scenario: &Scenario) -> &TrainInputs {
+        &self.train[&scenario.label()]
     }
 
     pub fn prompt(&self, tokens: usize, seed: u64) -> Vec<u32> {
@@ -123,6 +123,7 @@ impl ModelInputs {
         let (key, length) = match scenario {
             Scenario::Load(_) => return Ok(()),
             Scenario::Train(s) => ("sequence_length", s.sequence_length),
+            Scenario::Quality(s) => ("train.sequence_length", s.train.sequence_length),
             Scenario::Infer(s) => ("prompt_tokens + generate_tokens", s.prompt_tokens + s.generate_tokens),
         };
         let limit = self.config.max_position_embeddings;

@@ -4,18 +4,19 @@ use super::cell::Session;
 use super::inputs::{ModelInputs, TrainInputs};
 use crate::plan::Cell;
 use crate::record::{DecodeSample, EvaluationSample, LoadSample, PrefillSample, Probe, TrainSample};
-use crate::scenario::{InferScenario, Scenario, TrainScenario};
+use crate::scenario::{InferScenario, QualityScenario, Scenario, TrainScenario};
 use crate::worker::Failure;
 use evalfw_engine::lora::{Adapter, Target};
 use evalfw_engine::protocol::{
     AttachAdapter, BatchRef, Decode, Evaluate, Load, Memory, Prefill, Quantization, SaveAdapter, TrainStep,
 };
+use std::ops::Range;
 
 pub fn run(session: &mut Session<'_>, cell: &Cell, inputs: &ModelInputs) -> Result<(), Failure> {
     load(session, inputs, cell.scenario.quantization())?;
     match &cell.scenario {
         Scenario::Load(_) => {}
-        Scenario::Train(scenario) => train(session, scenario, cell.seed, inputs)?,
+        Scenario::Train(_) | Scenario::Quality(_) => train(session, cell, inputs)?,
         Scenario::Infer(scenario) => infer(session, scenario, cell.seed, inputs)?,
     }
     let memory = session.call("memory", Memory {})?;
@@ -48,21 +49,54 @@ fn load(session: &mut Session<'_>, inputs: &ModelInputs, quantization: Quantizat
     Ok(())
 }
 
-fn train(
-    session: &mut Session<'_>,
-    scenario: &TrainScenario,
-    seed: u64,
-    inputs: &ModelInputs,
-) -> Result<(), Failure> {
-    let files = inputs.train(scenario);
+fn train(session: &mut Session<'_>, cell: &Cell, inputs: &ModelInputs) -> Result<(), Failure> {
+    let Some(scenario) = cell.scenario.training() else { return Ok(()) };
+    let files = inputs.train(&cell.scenario);
     session.phase("attach");
     let training = scenario.training();
     session.call("attach adapter", AttachAdapter { adapter: files.adapter.clone(), training })?;
-
     evaluate(session, files, 0)?;
+    match &cell.scenario {
+        Scenario::Quality(quality) => train_to_target(session, quality, files, cell.seed)?,
+        _ => {
+            train_steps(session, scenario, files, cell.seed, 0..scenario.total_steps())?;
+            evaluate(session, files, scenario.total_steps() as u64)?;
+        }
+    }
+    check_gradients(session, scenario)?;
+    session.phase("save");
+    check_saved_adapter(session, inputs)
+}
+
+/// Trains until the evaluation loss is at the target, or the limit of steps is. Not to get there is a
+/// result, too.
+fn train_to_target(
+    session: &mut Session<'_>,
+    quality: &QualityScenario,
+    files: &TrainInputs,
+    seed: u64,
+) -> Result<(), Failure> {
+    let limit = quality.train.steps;
+    for first in (0..limit).step_by(quality.evaluation_interval) {
+        let end = limit.min(first + quality.evaluation_interval);
+        train_steps(session, &quality.train, files, seed, first..end)?;
+        if evaluate(session, files, end as u64)?.is_some_and(|loss| loss <= quality.target_loss) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn train_steps(
+    session: &mut Session<'_>,
+    scenario: &TrainScenario,
+    files: &TrainInputs,
+    seed: u64,
+    steps: Range<usize>,
+) -> Result<(), Failure> {
     session.phase("train");
     let rows = scenario.gradient_accumulation_steps;
-    for step in 0..scenario.total_steps() {
+    for step in steps {
         let lines: Vec<usize> = (step * rows..(step + 1) * rows).collect();
         let batches = &files.train[lines[0]..=lines[rows - 1]];
         let sum = |of: fn(&evalfw_engine::batch::Batch) -> usize| batches.iter().map(|b| of(&b.batch)).sum();
@@ -85,15 +119,17 @@ fn train(
             slot_tokens: sum(|b| b.slot_tokens()),
         });
     }
-    check_gradients(session, scenario)?;
-    evaluate(session, files, scenario.total_steps() as u64)?;
-    session.phase("save");
-    check_saved_adapter(session, inputs)
+    Ok(())
 }
 
-fn evaluate(session: &mut Session<'_>, files: &TrainInputs, after_steps: u64) -> Result<(), Failure> {
+/// The loss on the validation batches; `None` if there are none.
+fn evaluate(
+    session: &mut Session<'_>,
+    files: &TrainInputs,
+    after_steps: u64,
+) -> Result<Option<f64>, Failure> {
     if files.validation == 0 {
-        return Ok(());
+        return Ok(None);
     }
     session.phase("evaluate");
     let batches = BatchRef { file: files.validation_file.clone(), lines: (0..files.validation).collect() };
@@ -104,7 +140,7 @@ fn evaluate(session: &mut Session<'_>, files: &TrainInputs, after_steps: u64) ->
         tokens: report.tokens,
         seconds: report.seconds,
     });
-    Ok(())
+    Ok(Some(report.loss))
 }
 
 fn check_gradients(session: &mut Session<'_>, scenario: &TrainScenario) -> Result<(), Failure> {

@@ -6,7 +6,7 @@ use evalfw::record::{
     CellError, CellRecord, DecodeSample, EvaluationSample, LoadSample, ModelRecord, Outcome, PrefillSample,
     Probe, RunLog, SCHEMA, Samples, TrainSample,
 };
-use evalfw::scenario::{InferScenario, LoadScenario, Scenario, TrainScenario};
+use evalfw::scenario::{InferScenario, LoadScenario, QualityScenario, Scenario, TrainScenario};
 use evalfw_engine::protocol::{DeviceInfo, DeviceKind, LoadTimes, Quantization};
 use std::path::Path;
 
@@ -108,6 +108,14 @@ impl Engine {
                 samples.evaluations =
                     vec![self.evaluation(0, 12.0), self.evaluation(s.total_steps() as u64, 11.5)];
             }
+            Scenario::Quality(s) => {
+                samples.train = self.steps(&s.train, repetition);
+                let evaluation = |interval: usize| {
+                    let after_steps = interval * s.evaluation_interval;
+                    self.evaluation(after_steps as u64, 6.0 - interval as f64)
+                };
+                samples.evaluations = (0..=s.train.steps / s.evaluation_interval).map(evaluation).collect();
+            }
             Scenario::Infer(s) => {
                 let round = |warmup: bool| PrefillSample { warmup, tokens: s.prompt_tokens, seconds: 0.8 };
                 samples.prefill = vec![round(true), round(false), round(false)];
@@ -141,7 +149,7 @@ impl Engine {
     fn phases(&self, scenario: &Scenario, repetition: u32) -> Vec<PhaseMemory> {
         let names: &[(&str, f64)] = match scenario {
             Scenario::Load(_) => &[("start", 0.02), ("load", 0.6)],
-            Scenario::Train(_) => &[
+            Scenario::Train(_) | Scenario::Quality(_) => &[
                 ("start", 0.02),
                 ("load", 0.6),
                 ("attach", 0.62),
@@ -179,7 +187,7 @@ impl Engine {
     fn probes(&self, scenario: &Scenario) -> Vec<Probe> {
         let names: &[&str] = match scenario {
             Scenario::Load(_) => &["load_checkpoint", "load_nf4", "double_quantization", "tied_head"],
-            Scenario::Train(_) => &[
+            Scenario::Train(_) | Scenario::Quality(_) => &[
                 "load_nf4",
                 "train_nf4",
                 "lora_all_projections",
@@ -241,6 +249,17 @@ pub fn train(sequence_length: usize) -> Scenario {
         lora_alpha: 32.0,
         lora_dropout: 0.1,
     })
+}
+
+/// Ten steps, an evaluation after every second; the loss falls from 6 by 1 each time.
+pub fn quality(target_loss: f64) -> Scenario {
+    let Scenario::Train(train) = train(64) else { unreachable!() };
+    let train = TrainScenario { warmup_steps: 0, steps: 10, evaluation_batches: 1, ..train };
+    Scenario::Quality(QualityScenario { model: "learner".into(), target_loss, evaluation_interval: 2, train })
+}
+
+pub fn learner() -> ModelRecord {
+    ModelRecord { name: "learner".into(), parameters: 1_100_000, ..tiny() }
 }
 
 pub fn infer() -> Scenario {

@@ -1,6 +1,6 @@
 //! The report as text: complete, safe, and always the same.
 
-use crate::records::{Engine, ended, infer, load, tiny, train, unavailable, write};
+use crate::records::{Engine, ended, infer, learner, load, quality, tiny, train, unavailable, write};
 use evalfw::cmd::report::{ReportArgs, run};
 use evalfw::decide::criteria::Criteria;
 use evalfw::record::{CellRecord, Outcome};
@@ -393,4 +393,40 @@ fn the_findings_are_json_with_the_decision_and_the_figures() {
     assert_eq!(ranking["verdict"]["kind"], "no_clear_winner");
     assert_eq!(findings["models"][0]["train"][0]["engine"], "burn-flex");
     assert_eq!(findings["models"][0]["train"][0]["figures"]["seconds_per_step"]["n"], 6);
+}
+
+fn quality_cells(target: f64) -> Vec<CellRecord> {
+    let fast = Engine { model: learner(), ..Engine::new("candle-cpu", 0.5, 0.5) };
+    let slow = Engine { model: learner(), ..Engine::new("burn-flex", 0.5, 2.0) };
+    let wgpu = Engine { software: true, model: learner(), ..Engine::new("burn-wgpu", 0.5, 9.0) };
+    [fast, slow, wgpu].iter().map(|e| e.cell(&quality(target), 0)).collect()
+}
+
+#[test]
+fn time_to_quality_stands_in_a_table_of_its_own_and_in_no_other() {
+    let mut cells = typical_run();
+    cells.extend(quality_cells(3.0));
+    let report = report(&cells);
+    let section = report.markdown.split("## Time to quality").nth(1).unwrap();
+    let row = |engine: &str| {
+        section.lines().find(|l| l.starts_with(&format!("| {engine}"))).unwrap_or_else(|| panic!("{engine}"))
+    };
+    // Six steps of 0.5 s, each 2 % longer than the one before, and three evaluations of a second.
+    assert!(row("candle-cpu").contains("on learner | 3 | 6 | 6.15 | 6.0000 → 1.0000 |"), "{section}");
+    assert!(row("burn-flex").contains("| 3 | 6 | 15.6 |"), "{section}");
+    assert!(row("burn-wgpu").contains("software adapter, not comparable"), "{section}");
+    assert!(report.markdown.contains("learner: 1.10 million parameters"));
+    assert!(!report.markdown.contains("### learner"), "learner is in a table of speed or memory");
+    let chart = report.charts.iter().find(|c| c.file.starts_with("charts/quality-")).unwrap();
+    assert!(report.markdown.contains(&format!("({})", chart.file)));
+    assert!(chart.svg.contains("target: 3") && !chart.svg.contains("burn-wgpu"));
+    assert_tables_are_whole(&report.markdown);
+}
+
+#[test]
+fn a_target_that_was_not_met_has_no_time() {
+    let cells = quality_cells(0.5);
+    let text = report(&cells).markdown;
+    let row = text.lines().find(|l| l.starts_with("| candle-cpu | quality-")).unwrap();
+    assert!(row.contains("| 0.5 | not reached in 10 | – | 6.0000 → 1.0000 |"), "{row}");
 }

@@ -1,225 +1,12 @@
-//! Scenarios and suites, read from TOML.
-//!
-//! A scenario file says what is run; a suite combines scenarios with models, repetitions and other
-//! values of their parameters. In a suite, an array stands for one cell per value.
+//! The files that scenarios and suites are read from: a folder, or the ones that were compiled in.
 
+use super::{Scenario, Suite, SuiteCell, check_distinct};
 use anyhow::{Context, Result, bail};
-use evalfw_engine::lora::LoraConfig;
-use evalfw_engine::protocol::{Quantization, TrainingConfig};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
-
-/// What one cell does, with all its parameters.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
-pub enum Scenario {
-    Load(LoadScenario),
-    Train(TrainScenario),
-    Infer(InferScenario),
-}
-
-/// From the folder on disk to the first possible forward pass.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LoadScenario {
-    pub quantization: Quantization,
-    /// The longest that one call may take.
-    pub timeout_seconds: u64,
-}
-
-/// LoRA training on the instruction data.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TrainScenario {
-    pub quantization: Quantization,
-    pub timeout_seconds: u64,
-    /// Slots of a row. Longer examples are cut, shorter ones padded.
-    pub sequence_length: usize,
-    pub batch_size: usize,
-    pub gradient_accumulation_steps: usize,
-    /// Fill a row with several whole examples instead of padding.
-    pub packing: bool,
-    /// Steps that run first and do not count.
-    pub warmup_steps: usize,
-    /// Steps that count.
-    pub steps: usize,
-    /// Batches of the validation set, before the first step and after the last. 0: none.
-    pub evaluation_batches: usize,
-    pub learning_rate: f64,
-    pub weight_decay: f64,
-    /// 0: no clipping.
-    pub max_grad_norm: f64,
-    pub gradient_checkpointing: bool,
-    pub lora_r: usize,
-    pub lora_alpha: f64,
-    pub lora_dropout: f32,
-}
-
-/// Prompt processing and greedy generation.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct InferScenario {
-    pub quantization: Quantization,
-    pub timeout_seconds: u64,
-    pub prompt_tokens: usize,
-    pub generate_tokens: usize,
-    /// Rounds of prompt and generation that run first and do not count.
-    pub warmup: usize,
-    /// Rounds that count.
-    pub repeats: usize,
-}
-
-impl Scenario {
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Load(_) => "load",
-            Self::Train(_) => "train",
-            Self::Infer(_) => "infer",
-        }
-    }
-
-    pub fn quantization(&self) -> Quantization {
-        match self {
-            Self::Load(s) => s.quantization,
-            Self::Train(s) => s.quantization,
-            Self::Infer(s) => s.quantization,
-        }
-    }
-
-    pub fn timeout_seconds(&self) -> u64 {
-        match self {
-            Self::Load(s) => s.timeout_seconds,
-            Self::Train(s) => s.timeout_seconds,
-            Self::Infer(s) => s.timeout_seconds,
-        }
-    }
-
-    /// A name that tells cells of one run apart, e.g. `train-s512-b1`.
-    pub fn label(&self) -> String {
-        match self {
-            Self::Load(_) => "load".into(),
-            Self::Train(s) => {
-                let mut label = format!("train-s{}-b{}", s.sequence_length, s.batch_size);
-                if s.gradient_accumulation_steps > 1 {
-                    label += &format!("-ga{}", s.gradient_accumulation_steps);
-                }
-                for (unusual, mark) in [(!s.gradient_checkpointing, "-nockpt"), (!s.packing, "-padded")] {
-                    label += if unusual { mark } else { "" };
-                }
-                if s.lora_r != LoraConfig::default().r {
-                    label += &format!("-r{}", s.lora_r);
-                }
-                label
-            }
-            Self::Infer(s) => format!("infer-pp{}-tg{}", s.prompt_tokens, s.generate_tokens),
-        }
-    }
-
-    /// Checks what the types cannot say. The message names the key.
-    fn check(&self) -> Result<()> {
-        let at_least_1: &[(&str, usize)] = match self {
-            Self::Load(_) => &[],
-            Self::Train(s) => &[
-                ("batch_size", s.batch_size),
-                ("gradient_accumulation_steps", s.gradient_accumulation_steps),
-                ("steps", s.steps),
-                ("lora_r", s.lora_r),
-            ],
-            Self::Infer(s) => &[
-                ("prompt_tokens", s.prompt_tokens),
-                ("generate_tokens", s.generate_tokens),
-                ("repeats", s.repeats),
-            ],
-        };
-        if let Some((key, _)) = at_least_1.iter().find(|(_, value)| *value == 0) {
-            bail!("{key} must be at least 1");
-        }
-        if self.timeout_seconds() == 0 {
-            bail!("timeout_seconds must be at least 1");
-        }
-        if let Self::Train(s) = self {
-            if s.sequence_length < 2 {
-                bail!("sequence_length must be at least 2: a token and the one to predict");
-            }
-            if !(0.0..1.0).contains(&s.lora_dropout) {
-                bail!("lora_dropout must be in [0, 1)");
-            }
-            for (key, value) in [
-                ("learning_rate", s.learning_rate),
-                ("weight_decay", s.weight_decay),
-                ("max_grad_norm", s.max_grad_norm),
-            ] {
-                if !(value.is_finite() && value >= 0.0) {
-                    bail!("{key} must be a number of at least 0");
-                }
-            }
-            if !(s.lora_alpha.is_finite() && s.lora_alpha > 0.0) {
-                bail!("lora_alpha must be above 0");
-            }
-        }
-        Ok(())
-    }
-}
-
-impl TrainScenario {
-    pub fn lora(&self) -> LoraConfig {
-        LoraConfig { r: self.lora_r, lora_alpha: self.lora_alpha, lora_dropout: self.lora_dropout }
-    }
-
-    pub fn training(&self) -> TrainingConfig {
-        TrainingConfig {
-            learning_rate: self.learning_rate,
-            weight_decay: self.weight_decay,
-            max_grad_norm: (self.max_grad_norm > 0.0).then_some(self.max_grad_norm),
-            gradient_checkpointing: self.gradient_checkpointing,
-            ..TrainingConfig::default()
-        }
-    }
-
-    pub fn total_steps(&self) -> usize {
-        self.warmup_steps + self.steps
-    }
-
-    pub fn rows_per_step(&self) -> usize {
-        self.batch_size * self.gradient_accumulation_steps
-    }
-}
-
-/// What `evalfw run` runs.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Suite {
-    pub name: String,
-    pub description: String,
-    /// A preset, a hub id or a folder.
-    pub model: String,
-    /// For adapters that render on the CPU: their speed says nothing, so that a small model shows
-    /// that the engine works without taking an hour.
-    pub software_adapter_model: String,
-    pub seed: u64,
-    pub cells: Vec<SuiteCell>,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct SuiteCell {
-    pub scenario: Scenario,
-    pub repetitions: u32,
-}
-
-impl Suite {
-    /// Checks what the types cannot say.
-    pub fn check(&self) -> Result<()> {
-        for cell in &self.cells {
-            if cell.repetitions == 0 {
-                bail!("repetitions must be at least 1");
-            }
-            cell.scenario.check()?;
-        }
-        check_distinct(&self.cells)
-    }
-}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -238,12 +25,13 @@ pub struct Library {
 }
 
 const BUILT_IN: &[(&str, &str)] = &[
-    ("load.toml", include_str!("../scenarios/load.toml")),
-    ("train.toml", include_str!("../scenarios/train.toml")),
-    ("infer.toml", include_str!("../scenarios/infer.toml")),
-    ("suites/quick.toml", include_str!("../scenarios/suites/quick.toml")),
-    ("suites/default.toml", include_str!("../scenarios/suites/default.toml")),
-    ("suites/full.toml", include_str!("../scenarios/suites/full.toml")),
+    ("load.toml", include_str!("../../scenarios/load.toml")),
+    ("train.toml", include_str!("../../scenarios/train.toml")),
+    ("infer.toml", include_str!("../../scenarios/infer.toml")),
+    ("quality.toml", include_str!("../../scenarios/quality.toml")),
+    ("suites/quick.toml", include_str!("../../scenarios/suites/quick.toml")),
+    ("suites/default.toml", include_str!("../../scenarios/suites/default.toml")),
+    ("suites/full.toml", include_str!("../../scenarios/suites/full.toml")),
 ];
 
 impl Library {
@@ -343,17 +131,6 @@ impl Library {
             seed: raw.seed,
             cells,
         })
-    }
-}
-
-/// Cells are told apart by their label, which names the parameters that people vary.
-fn check_distinct(cells: &[SuiteCell]) -> Result<()> {
-    let mut labels = std::collections::BTreeSet::new();
-    match cells.iter().map(|c| c.scenario.label()).find(|label| !labels.insert(label.clone())) {
-        Some(label) => {
-            bail!("two cells are called {label}: they must differ in a parameter that is in the name")
-        }
-        None => Ok(()),
     }
 }
 
@@ -461,10 +238,34 @@ mod tests {
     }
 
     #[test]
+    fn a_way_to_a_target_has_no_steps_that_do_not_count() {
+        let base = toml::from_str::<Table>(include_str!("../../scenarios/quality.toml")).unwrap();
+        let error = |key: &str, value: Value| {
+            let mut table = base.clone();
+            table.remove("description");
+            match key.split_once('.') {
+                Some((outer, inner)) => table[outer].as_table_mut().unwrap().insert(inner.into(), value),
+                None => table.insert(key.into(), value),
+            };
+            format!("{:#}", parse_scenario(&table).unwrap_err())
+        };
+        for (key, value) in [
+            ("target_loss", Value::Float(0.0)),
+            ("evaluation_interval", Value::Integer(0)),
+            ("train.evaluation_batches", Value::Integer(0)),
+            ("train.warmup_steps", Value::Integer(1)),
+        ] {
+            let message = error(key, value);
+            assert!(message.contains(key), "{message}");
+        }
+        assert!(error("train.target", Value::Integer(1)).contains("target"));
+    }
+
+    #[test]
     fn an_unknown_suite_or_scenario_lists_what_there_is() {
         let library = Library::built_in();
         assert!(error(&library, "quik").contains("default, full, quick"));
         let message = format!("{:#}", library.suite("quick", Some(&["trian".into()])).unwrap_err());
-        assert!(message.contains("trian") && message.contains("infer, load, train"), "{message}");
+        assert!(message.contains("trian") && message.contains("infer, load, quality, train"), "{message}");
     }
 }

@@ -1,0 +1,59 @@
+//! Time to quality, end to end: engines learn alike, and the clock stops at the target.
+
+mod support;
+
+use evalfw::measure::metrics::time_to_target;
+use evalfw::record::{CellRecord, Outcome};
+use std::fs;
+use support::Workspace;
+
+/// The built-in scenario, cut to 12 steps, with a target of its own.
+fn run(workspace: &Workspace, target_loss: &str) -> Vec<CellRecord> {
+    let scenario = include_str!("../scenarios/quality.toml");
+    let mut table: toml::Table = scenario.parse().unwrap();
+    table.insert("target_loss".into(), target_loss.parse::<f64>().unwrap().into());
+    table.insert("evaluation_interval".into(), 4.into());
+    let train = table["train"].as_table_mut().unwrap();
+    train.insert("steps".into(), 12.into());
+    train.insert("evaluation_batches".into(), 1.into());
+    let suites = workspace.path("scenarios/suites");
+    fs::create_dir_all(&suites).unwrap();
+    fs::write(workspace.path("scenarios/quality.toml"), table.to_string()).unwrap();
+    let suite = "description = \"x\"\nmodel = \"tiny\"\nsoftware_adapter_model = \"tiny\"\nseed = 1\n\
+                 [[cells]]\nscenario = \"quality\"\nrepetitions = 1\n";
+    fs::write(suites.join("learn.toml"), suite).unwrap();
+    let mut command = workspace.evalfw();
+    command.args(["run", "--suite", "learn", "--engine", "candle-cpu,burn-flex"]).assert().success();
+    workspace.records()
+}
+
+#[test]
+fn engines_need_the_same_steps_to_the_target_and_stop_there() {
+    let workspace = Workspace::new();
+    let records = run(&workspace, "5");
+    assert_eq!(records.len(), 2);
+    for record in &records {
+        assert_eq!(record.outcome, Outcome::Ok, "{:?}", record.error);
+        assert_eq!(record.model.name, "learner");
+        let evaluations = &record.samples.evaluations;
+        assert!(evaluations.first().unwrap().loss > 5.0, "{evaluations:?}");
+        let met = time_to_target(&record.samples, 5.0).expect("the target is within reach");
+        assert_eq!(met.steps as usize, record.samples.train.len(), "training went on after the target");
+        assert_eq!(evaluations.iter().filter(|e| e.loss <= 5.0).count(), 1);
+    }
+    let losses = |r: &CellRecord| -> Vec<f64> { r.samples.evaluations.iter().map(|e| e.loss).collect() };
+    for (a, b) in losses(&records[0]).iter().zip(losses(&records[1])) {
+        assert!((a - b).abs() < 1e-3, "the engines learn differently: {a} {b}");
+    }
+    let report = fs::read_to_string(workspace.results().join("REPORT.md")).unwrap();
+    assert!(report.contains("## Time to quality") && report.contains("on learner | 5 |"), "{report}");
+}
+
+#[test]
+fn a_target_out_of_reach_is_told_and_is_no_failure() {
+    let workspace = Workspace::new();
+    let records = run(&workspace, "0.1");
+    assert!(records.iter().all(|r| r.outcome == Outcome::Ok && r.samples.train.len() == 12));
+    let report = fs::read_to_string(workspace.results().join("REPORT.md")).unwrap();
+    assert!(report.contains("not reached in 12"), "{report}");
+}
