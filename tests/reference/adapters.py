@@ -18,7 +18,7 @@ def create(model: Qwen2ForCausalLM, spec: ModelSpec) -> PeftModel:
     torch.manual_seed(spec.seed)
     config = LoraConfig(
         r=spec.lora_r,
-        lora_alpha=16,
+        lora_alpha=spec.lora_alpha,
         lora_dropout=0.0,
         target_modules=PROJECTIONS,
         task_type="CAUSAL_LM",
@@ -34,6 +34,14 @@ def randomize(adapted: PeftModel, spec: ModelSpec) -> None:
             deviation = 0.05 if "lora_B" in name else parameter.shape[1] ** -0.5
             values = deviation * rng.standard_normal(tuple(parameter.shape))
             parameter.copy_(torch.from_numpy(values))
+
+
+def nudge(adapted: PeftModel, spec: ModelSpec) -> None:
+    """Moves every value by about one part in a million, as rounding does."""
+    rng = spec.rng("nudge")
+    with torch.no_grad():
+        for parameter in trainable(adapted).values():
+            parameter.mul_(torch.from_numpy(1 + 1e-6 * rng.standard_normal(tuple(parameter.shape))))
 
 
 def trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
