@@ -13,12 +13,12 @@ from models import ModelSpec
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def create(model: Qwen2ForCausalLM, spec: ModelSpec) -> PeftModel:
+def create(model: Qwen2ForCausalLM, seed: int, r: int, alpha: int) -> PeftModel:
     """An adapter as PEFT initialises it: B is zero."""
-    torch.manual_seed(spec.seed)
+    torch.manual_seed(seed)
     config = LoraConfig(
-        r=spec.lora_r,
-        lora_alpha=spec.lora_alpha,
+        r=r,
+        lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules=PROJECTIONS,
         task_type="CAUSAL_LM",

@@ -135,7 +135,7 @@ def make_forward(spec: models.ModelSpec, folder: Path) -> None:
 
 
 def make_adapters(spec: models.ModelSpec, folder: Path) -> None:
-    adapted = adapters.create(models.load(folder / "model"), spec)
+    adapted = adapters.create(models.load(folder / "model"), spec.seed, spec.lora_r, spec.lora_alpha)
     if spec is models.SPECS[0]:
         adapters.save(adapted, folder / "adapter_zero_b")
     adapters.randomize(adapted, spec)
