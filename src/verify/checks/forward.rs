@@ -31,11 +31,10 @@ impl Bench<'_> {
     }
 
     /// Counts wrong tokens. The cache is filled with the reference's tokens, so that each token is judged
-    /// by itself. One is excused where both best logits, moved towards each other by the tolerance,
-    /// would change places.
+    /// by itself. One is excused where the reference's two best logits are closer than the tolerance.
     fn continuation(&mut self, prompt: &Prompt) -> Result<Deviation, Broken> {
         let largest = prompt.logits.iter().fold(0f64, |largest, l| largest.max(f64::from(l.abs())));
-        let excused_below = 2.0 * self.tolerances.logits * largest;
+        let excused_below = self.tolerances.logits * largest;
         let (mut wrong, mut excused) = (0, 0);
         let mut got = self.session.call("prefill", Prefill { tokens: prompt.tokens.clone() })?.next;
         for (index, expected) in prompt.continuation.iter().enumerate() {
