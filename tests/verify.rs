@@ -44,67 +44,123 @@ fn json_has_every_check_with_its_deviation_and_tolerance() {
     assert!(checks.iter().all(|c| c["deviation"].is_f64() && c["tolerance"].is_f64() && c["passed"] == true));
 }
 
+/// A model of the reference that shows all the planted errors.
+const MODEL: &str = "untied-6q3kv";
+
 /// The worker with a planted error: built beside the tests.
-fn mutant(mutation: &str) -> Verdict {
+fn mutant(mutation: &str, scope: Scope) -> Verdict {
     let tests = std::env::current_exe().unwrap();
     let program = tests.parent().unwrap().parent().unwrap().join("examples/mutant_engine");
     assert!(program.exists(), "{} is built with the tests", program.display());
-    let command = WorkerCommand { program, arguments: vec![mutation.into()], environment: Vec::new() };
-    verify("mutant", &command, &Reference::built_in().unwrap(), Scope::Short)
+    let arguments = mutation.split(' ').map(Into::into).collect();
+    let command = WorkerCommand { program, arguments, environment: Vec::new() };
+    verify("mutant", &command, &Reference::built_in().unwrap().only(MODEL), scope)
 }
 
-/// Expects a verdict of wrong because of the checks whose names begin so, and of no others.
-fn caught(mutation: &str, checks: &[&str]) {
-    let verdict = mutant(mutation);
-    assert_eq!(verdict.outcome, Outcome::Wrong, "{}", verdict.summary());
-    let failed: Vec<_> = verdict.failed_checks().map(|c| c.name.as_str()).collect();
-    for check in checks {
-        assert!(failed.contains(check), "{check} should have failed, but only {failed:?} did");
+fn holds(mutation: &str) {
+    let verdict = mutant(mutation, Scope::Full);
+    assert_eq!(verdict.outcome, Outcome::Ok, "{mutation}: {}", verdict.summary());
+}
+
+/// Each error with checks that it must fail.
+fn all_caught(errors: &[(&str, &[&str])], scope: Scope) {
+    for (mutation, checks) in errors {
+        let verdict = mutant(mutation, scope);
+        assert_eq!(verdict.outcome, Outcome::Wrong, "{mutation}: {}", verdict.summary());
+        let failed: Vec<_> = verdict.failed_checks().map(|c| c.name.as_str()).collect();
+        for check in *checks {
+            assert!(
+                failed.contains(check),
+                "{mutation}: {check} should have failed, but only {failed:?} did"
+            );
+        }
     }
 }
 
 #[test]
 fn the_wrapper_of_the_mutants_is_right_itself() {
-    let verdict = mutant("none");
-    assert_eq!(verdict.outcome, Outcome::Ok, "{}", verdict.summary());
+    holds("none");
 }
 
 #[test]
-fn a_wrong_rope_is_caught() {
-    caught("rope", &["logits", "losses without adapter", "adapter gradients"]);
+fn errors_of_the_forward_pass_are_caught_before_a_run() {
+    let errors: &[(&str, &[&str])] = &[
+        ("rope", &["logits", "losses without adapter", "adapter gradients"]),
+        // A bias on the keys moves all scores of a query alike, but for its rotation.
+        ("bias", &["logits"]),
+        ("cache", &["greedy tokens through the KV cache"]),
+        ("padding-attended", &["losses without adapter", "NF4: losses without adapter"]),
+        ("loss-over-all-positions", &["losses without adapter", "adapter gradients"]),
+    ];
+    all_caught(errors, Scope::Short);
 }
 
 #[test]
-fn a_dropped_bias_is_caught() {
-    // A bias on the keys moves all scores of a query alike, but for its rotation.
-    caught("bias", &["logits"]);
+fn errors_of_the_adapter_are_caught_before_a_run() {
+    let errors: &[(&str, &[&str])] = &[
+        ("gradient", &["adapter gradients", "NF4: adapter gradients"]),
+        ("scale", &["losses with adapter", "adapter gradients"]),
+        ("swapped-factors", &["losses with adapter", "adapter gradients"]),
+        ("wrong-layer", &["losses with adapter", "losses with an adapter trained by PEFT"]),
+    ];
+    all_caught(errors, Scope::Short);
 }
 
 #[test]
-fn an_adapter_without_a_gradient_is_caught() {
-    caught("gradient", &["adapter gradients", "NF4: adapter gradients"]);
+fn errors_of_dropout_are_caught_before_a_run() {
+    let errors: &[(&str, &[&str])] = &[
+        ("dropout-in-evaluation", &["losses with adapter"]),
+        ("dropout-unscaled", &["adapter gradients with dropout"]),
+        ("dropout-rate", &["adapter gradients with dropout"]),
+        ("dropout-never", &["adapter gradients with dropout"]),
+    ];
+    all_caught(errors, Scope::Short);
 }
 
 #[test]
-fn alpha_instead_of_alpha_over_r_is_caught() {
-    caught("scale", &["losses with adapter", "adapter gradients"]);
+fn errors_of_dropout_show_in_its_losses_too() {
+    let errors: &[(&str, &[&str])] = &[
+        ("dropout-unscaled", &["3 losses of the curve dropout"]),
+        ("dropout-rate", &["3 losses of the curve dropout"]),
+        ("dropout-never", &["3 losses of the curve dropout"]),
+    ];
+    all_caught(errors, Scope::Full);
 }
 
 #[test]
-fn a_cache_off_by_one_is_caught() {
-    caught("cache", &["greedy tokens through the KV cache"]);
-}
-
-#[test]
-fn dropout_in_evaluation_is_caught() {
-    caught("evaluation", &["losses with adapter"]);
+fn errors_of_the_optimizer_are_caught() {
+    let errors: &[(&str, &[&str])] = &[
+        ("no-bias-correction", &["20 losses of the curve adamw"]),
+        ("coupled-weight-decay", &["20 losses of the curve adamw"]),
+        ("no-clipping", &["20 losses of the curve clipping"]),
+        ("mean-of-micro-batches", &["20 losses of the curve accumulation"]),
+    ];
+    all_caught(errors, Scope::Full);
 }
 
 #[test]
 fn a_loss_that_is_not_a_number_is_caught() {
-    let verdict = mutant("not-finite");
+    let verdict = mutant("not-finite", Scope::Short);
     assert_eq!(verdict.outcome, Outcome::Wrong);
     assert!(verdict.summary().contains("loss is NaN"), "{}", verdict.summary());
+}
+
+#[test]
+fn bf16_holds_where_it_is_said_and_only_there() {
+    holds("none rounds says-bf16");
+    all_caught(&[("none rounds", &["logits", "losses without adapter", "adapter gradients"])], Scope::Short);
+}
+
+#[test]
+fn errors_are_caught_in_bf16_too() {
+    let errors: &[(&str, &[&str])] = &[
+        ("rope rounds says-bf16", &["logits"]),
+        ("cache rounds says-bf16", &["greedy tokens through the KV cache"]),
+        ("gradient rounds says-bf16", &["adapter gradients"]),
+        ("scale rounds says-bf16", &["losses with adapter", "adapter gradients"]),
+        ("dropout-never rounds says-bf16", &["adapter gradients with dropout"]),
+    ];
+    all_caught(errors, Scope::Short);
 }
 
 /// A copy of the committed reference, to spoil.
@@ -126,6 +182,18 @@ fn reference_copy() -> (tempfile::TempDir, PathBuf) {
     fs::copy(source.join("manifest.json"), folder.path().join("manifest.json")).unwrap();
     let path = folder.path().to_owned();
     (folder, path)
+}
+
+#[test]
+fn engines_are_compared_with_each_other() {
+    let arguments = ["verify", "--engine", "candle-cpu,burn-flex", "--short"];
+    evalfw(&arguments).success().stdout(predicate::str::contains("NF4: losses equal across engines"));
+    let run = evalfw(&[&arguments[..], &["--json"]].concat()).success();
+    let verdicts: serde_json::Value = serde_json::from_slice(&run.get_output().stdout).unwrap();
+    let agreement = &verdicts[2];
+    assert_eq!(agreement["engine"], "candle-cpu, burn-flex");
+    assert_eq!(agreement["checks"].as_array().unwrap().len(), 1);
+    assert_eq!(agreement["checks"][0]["passed"], true);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use crate::engines::{self, ENGINES};
 use crate::output::print;
 use crate::record::Outcome;
+use crate::verify::agreement::across;
 use crate::verify::reference::Reference;
 use crate::verify::{Check, Scope, Verdict, verify};
 use crate::worker::WorkerCommand;
@@ -19,6 +20,7 @@ Examples:
   evalfw verify --json | jq '.[] | .checks[] | select(.passed | not)'
 
 The reference was made by transformers, peft and bitsandbytes; tests/reference/README.md says how.
+Where more than one engine ran, the last entry compares their NF4 losses with each other.
 Exit codes: 0 all hold, 1 an engine is wrong or broke off, 2 bad input.";
 
 /// Check every engine against reference losses, logits and gradients
@@ -67,6 +69,12 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     if verdicts.is_empty() {
         bail!("none of the engines can run here; `evalfw engines` says what is missing");
     }
+    if let Some(agreement) = across(&verdicts) {
+        if !args.json {
+            show(&agreement)?;
+        }
+        verdicts.push(agreement);
+    }
     if args.json {
         print(&(serde_json::to_string_pretty(&verdicts)? + "\n"))?;
     }
@@ -76,6 +84,9 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
 
 fn show(verdict: &Verdict) -> Result<()> {
     let mut text = format!("{}: {}: {}\n", verdict.engine, verdict.outcome.as_str(), verdict.summary());
+    if let Some(tolerances) = &verdict.tolerances {
+        text += &format!("Tolerances for {}: {}.\n", tolerances.compute_dtype, tolerances.reason);
+    }
     if !verdict.checks.is_empty() {
         text += &format!("{}\n\n", table(&verdict.checks));
     }

@@ -1,16 +1,21 @@
 //! Holds engines against the independent reference: a framework that computes the wrong thing quickly
 //! must not win.
 
+pub mod agreement;
 mod checks;
 mod compare;
 pub mod reference;
 mod session;
+pub mod tolerance;
 
 use crate::record::{CellError, Outcome};
 use crate::worker::WorkerCommand;
+use compare::Deviation;
 use evalfw_engine::protocol::EngineInfo;
 use reference::Reference;
 use serde::Serialize;
+use std::collections::BTreeMap;
+use tolerance::Tolerances;
 
 /// How much is checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,18 +40,48 @@ pub struct Check {
     pub detail: String,
 }
 
+impl Check {
+    fn new(model: &str, name: String, deviation: Deviation, tolerance: f64) -> Self {
+        Self {
+            model: model.to_owned(),
+            name,
+            passed: deviation.value <= tolerance,
+            deviation: deviation.value,
+            tolerance,
+            detail: deviation.place,
+        }
+    }
+}
+
 /// An engine's checks, and what ended them early.
 #[derive(Debug, Serialize)]
 pub struct Verdict {
     pub engine: String,
     pub info: Option<EngineInfo>,
+    /// As the engine's `compute_dtype` asks for.
+    pub tolerances: Option<Tolerances>,
     pub checks: Vec<Check>,
     /// `ok`, `wrong`, or how the worker failed before all checks were done.
     pub outcome: Outcome,
     pub failure: Option<CellError>,
+    /// Reference model and check → the engine's NF4 evaluation losses, to compare with other engines.
+    #[serde(skip)]
+    pub nf4_losses: BTreeMap<(String, String), Vec<f64>>,
 }
 
 impl Verdict {
+    fn new(engine: &str) -> Self {
+        Self {
+            engine: engine.to_owned(),
+            info: None,
+            tolerances: None,
+            checks: Vec::new(),
+            outcome: Outcome::Ok,
+            failure: None,
+            nf4_losses: BTreeMap::new(),
+        }
+    }
+
     pub fn passed(&self) -> bool {
         self.outcome == Outcome::Ok
     }
@@ -76,22 +111,9 @@ impl Verdict {
 
 /// Runs the checks on one engine. What goes wrong is part of the verdict.
 pub fn verify(engine: &str, command: &WorkerCommand, reference: &Reference, scope: Scope) -> Verdict {
-    let mut verdict = Verdict {
-        engine: engine.to_owned(),
-        info: None,
-        checks: Vec::new(),
-        outcome: Outcome::Ok,
-        failure: None,
-    };
+    let mut verdict = Verdict::new(engine);
     for model in reference.models(scope) {
-        let mut run = checks::ModelChecks {
-            command,
-            model,
-            scope,
-            checks: &mut verdict.checks,
-            info: &mut verdict.info,
-        };
-        if let Err(broken) = run.all() {
+        if let Err(broken) = checks::run(command, model, scope, &mut verdict) {
             verdict.outcome = broken.outcome;
             verdict.failure = Some(broken.error);
             return verdict;

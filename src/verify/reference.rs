@@ -32,17 +32,18 @@ pub struct ReferenceModel {
     pub model: PathBuf,
     pub config: ModelConfig,
     pub batches: PathBuf,
-    /// Number of batches.
-    pub lines: usize,
     pub adapter: PathBuf,
     pub trained_adapter: PathBuf,
     pub prompts: Vec<Prompt>,
-    /// Quantization → `base` or an adapter's folder → mean loss of each batch.
-    pub losses: BTreeMap<String, BTreeMap<String, Vec<f64>>>,
+    pub losses: Losses,
     /// Of line 0 with `adapter`.
     pub gradients: AdapterTensors,
     pub gradients_nf4: AdapterTensors,
     pub curves: BTreeMap<String, Curve>,
+    /// Some steps with dropout in the adapters.
+    pub dropout: Curve,
+    /// Of its first step.
+    pub gradients_dropout: AdapterTensors,
 }
 
 pub struct Prompt {
@@ -50,7 +51,36 @@ pub struct Prompt {
     /// `[tokens, vocab_size]`
     pub logits: Vec<f32>,
     /// The greedy continuation.
-    pub continuation: Vec<u32>,
+    pub continuation: Vec<GreedyToken>,
+}
+
+pub struct GreedyToken {
+    pub token: u32,
+    /// From its logit to the next best.
+    pub gap: f64,
+}
+
+/// The mean loss of each batch.
+#[derive(Deserialize)]
+pub struct Losses {
+    none: AdapterLosses,
+    nf4: AdapterLosses,
+}
+
+#[derive(Deserialize)]
+pub struct AdapterLosses {
+    pub base: Vec<f64>,
+    pub adapter: Vec<f64>,
+    pub trained_adapter: Vec<f64>,
+}
+
+impl Losses {
+    pub fn of(&self, quantization: Quantization) -> &AdapterLosses {
+        match quantization {
+            Quantization::None => &self.none,
+            Quantization::Nf4 => &self.nf4,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -67,6 +97,8 @@ pub struct CurveSettings {
     weight_decay: f64,
     max_grad_norm: Option<f64>,
     quantization: Quantization,
+    pub lora_dropout: f32,
+    pub dropout_seed: u64,
 }
 
 #[derive(Deserialize)]
@@ -105,6 +137,7 @@ struct Manifest {
 #[derive(Deserialize)]
 struct Greedy {
     tokens: Vec<u32>,
+    gaps: Vec<f64>,
 }
 
 #[derive(Deserialize)]
@@ -149,6 +182,12 @@ impl Reference {
         Ok(Self { models, _unpacked: None })
     }
 
+    /// Keeps one model only.
+    pub fn only(mut self, name: &str) -> Self {
+        self.models.retain(|m| m.name == name);
+        self
+    }
+
     pub fn models(&self, scope: Scope) -> Vec<&ReferenceModel> {
         let short = self.models.iter().find(|m| m.name == SHORT_MODEL).or(self.models.first());
         match scope {
@@ -181,35 +220,40 @@ impl ReferenceModel {
         let config = ModelConfig::read(&model)?;
         let adapter = folder.join("adapter");
         let AdapterShape { r } = json(&adapter.join("adapter_config.json"))?;
-        let batches = folder.join("batches.jsonl");
-        let lines = evalfw_engine::batch::read_batches(&batches)?.len();
-        let prompts: Vec<Vec<u32>> = json(&folder.join("prompts.json"))?;
-        let greedy: Vec<Greedy> = json(&folder.join("greedy.json"))?;
-        let logits = folder.join("logits.safetensors");
-        let prompts = prompts
-            .into_iter()
-            .zip(greedy)
-            .enumerate()
-            .map(|(i, (tokens, greedy))| {
-                let logits = read_f32(&logits, &format!("prompt_{i}"))?;
-                anyhow::Ok(Prompt { tokens, logits, continuation: greedy.tokens })
-            })
-            .collect::<Result<_>>()?;
+        let gradients = |name: &str| read_tensors(&folder.join(name), &config, r);
         Ok(Self {
             name: name.to_owned(),
-            prompts,
-            lines,
-            batches,
+            prompts: prompts(folder)?,
+            batches: folder.join("batches.jsonl"),
             losses: json(&folder.join("losses.json"))?,
-            gradients: read_tensors(&folder.join("gradients.safetensors"), &config, r)?,
-            gradients_nf4: read_tensors(&folder.join("gradients_nf4.safetensors"), &config, r)?,
+            gradients: gradients("gradients.safetensors")?,
+            gradients_nf4: gradients("gradients_nf4.safetensors")?,
             curves: json(&folder.join("curves.json"))?,
+            dropout: json(&folder.join("dropout.json"))?,
+            gradients_dropout: gradients("gradients_dropout.safetensors")?,
             trained_adapter: folder.join("trained_adapter"),
             adapter,
             model,
             config,
         })
     }
+}
+
+fn prompts(folder: &Path) -> Result<Vec<Prompt>> {
+    let prompts: Vec<Vec<u32>> = json(&folder.join("prompts.json"))?;
+    let path = folder.join("greedy.json");
+    let greedy: Vec<Greedy> = json(&path)?;
+    if greedy.len() != prompts.len() || greedy.iter().any(|g| g.gaps.len() != g.tokens.len()) {
+        bail!("{}: not one continuation for each prompt, or not one gap for each token", path.display());
+    }
+    let logits = folder.join("logits.safetensors");
+    let prompt = |(number, (tokens, greedy)): (usize, (Vec<u32>, Greedy))| {
+        let logits = read_f32(&logits, &format!("prompt_{number}"))?;
+        let continuation = greedy.tokens.into_iter().zip(greedy.gaps);
+        let continuation = continuation.map(|(token, gap)| GreedyToken { token, gap }).collect();
+        Ok(Prompt { tokens, logits, continuation })
+    };
+    prompts.into_iter().zip(greedy).enumerate().map(prompt).collect()
 }
 
 fn json<T: DeserializeOwned>(path: &Path) -> Result<T> {

@@ -13,12 +13,12 @@ from models import ModelSpec
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def create(model: Qwen2ForCausalLM, spec: ModelSpec) -> PeftModel:
+def create(model: Qwen2ForCausalLM, seed: int, r: int, alpha: int) -> PeftModel:
     """An adapter as PEFT initialises it: B is zero."""
-    torch.manual_seed(spec.seed)
+    torch.manual_seed(seed)
     config = LoraConfig(
-        r=spec.lora_r,
-        lora_alpha=16,
+        r=r,
+        lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules=PROJECTIONS,
         task_type="CAUSAL_LM",
@@ -34,6 +34,14 @@ def randomize(adapted: PeftModel, spec: ModelSpec) -> None:
             deviation = 0.05 if "lora_B" in name else parameter.shape[1] ** -0.5
             values = deviation * rng.standard_normal(tuple(parameter.shape))
             parameter.copy_(torch.from_numpy(values))
+
+
+def nudge(adapted: PeftModel, spec: ModelSpec) -> None:
+    """Moves every value by about one part in a million, as rounding does."""
+    rng = spec.rng("nudge")
+    with torch.no_grad():
+        for parameter in trainable(adapted).values():
+            parameter.mul_(torch.from_numpy(1 + 1e-6 * rng.standard_normal(tuple(parameter.shape))))
 
 
 def trainable(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:

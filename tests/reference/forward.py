@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from data import Batch
+from models import Unsuitable
 
 NEW_TOKENS = 12
 # No f32 noise can turn a choice of token with this distance to the next best.
-SMALLEST_GAP = 2e-2
+SMALLEST_GAP = 5e-3
 # One token over and over would hide a wrong position or a wrong key in the cache.
 FEWEST_DIFFERENT = 4
 
@@ -18,7 +19,8 @@ FEWEST_DIFFERENT = 4
 @dataclass(frozen=True)
 class Continuation:
     tokens: list[int]
-    smallest_gap: float
+    # Of each token: from the best logit to the next best.
+    gaps: list[float]
 
 
 @torch.no_grad()
@@ -43,9 +45,11 @@ def greedy(model: torch.nn.Module, prompt: list[int]) -> Continuation:
         tokens.append(token)
         gaps.append(gap)
         pending = [token]
-    assert min(gaps) > SMALLEST_GAP, f"a gap of {min(gaps)}: choose another seed"
-    assert len(set(tokens)) >= FEWEST_DIFFERENT, f"only {set(tokens)}: choose another seed"
-    return Continuation(tokens, min(gaps))
+    if min(gaps) < SMALLEST_GAP:
+        raise Unsuitable(f"a gap of {min(gaps)} between the two best logits")
+    if len(set(tokens)) < FEWEST_DIFFERENT:
+        raise Unsuitable(f"the continuation has only {len(set(tokens))} different tokens")
+    return Continuation(tokens, gaps)
 
 
 def _best(row: torch.Tensor) -> tuple[int, float]:

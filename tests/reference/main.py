@@ -1,9 +1,15 @@
-"""Makes every golden file: `main.py FOLDER`."""
+"""Makes every golden file.
+
+    main.py FOLDER         of the models in models.py, and of NF4
+    main.py FOLDER SEED    of random other models
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,21 +24,44 @@ from safetensors.torch import save_file
 import adapters
 import data
 import forward
+import masks
 import models
 import nf4
 import nf4_cases
 import training
 
 
+OTHER_MODELS = 3
+
+
 def main(folder: Path) -> None:
-    transformers.utils.logging.disable_progress_bar()
-    # One order of summation; the rest of the arithmetic is f32 as torch does it on this CPU.
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    settle_torch()
     make_nf4(folder / "nf4")
     for spec in models.SPECS:
         print(spec.name, flush=True)
         make_model(spec, folder / spec.name)
+
+
+def settle_torch() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    # One order of summation; the rest of the arithmetic is f32 as torch does it on this CPU.
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+
+def make_others(folder: Path, seed: int) -> None:
+    settle_torch()
+    for number in range(OTHER_MODELS):
+        for attempt in itertools.count():
+            spec = models.random_spec(seed, number, attempt)
+            try:
+                make_model(spec, folder / spec.name)
+            except models.Unsuitable as reason:
+                print(f"{spec.name}: {reason}; another one", file=sys.stderr)
+                shutil.rmtree(folder / spec.name)
+            else:
+                print(spec, flush=True)
+                break
 
 
 def make_nf4(folder: Path) -> None:
@@ -60,7 +89,12 @@ def make_model(spec: models.ModelSpec, folder: Path) -> None:
     curves = {}
     for name, settings in training.CURVES.items():
         adapted = adapters.attach(load(source, settings.quantization), folder / "adapter", training=True)
-        curves[name] = training.as_json(settings, training.train(adapted, batches, settings))
+        steps = training.train(adapted, batches, settings)
+        training.check_curve(settings, steps)
+        nudged = adapters.attach(load(source, settings.quantization), folder / "adapter", training=True)
+        adapters.nudge(nudged, spec)
+        training.check_stable(steps, training.train(nudged, batches, settings))
+        curves[name] = training.as_json(settings, steps)
         if name == "adamw":
             adapters.save(adapted, folder / "trained_adapter")
     for quantization, found in losses.items():
@@ -71,7 +105,19 @@ def make_model(spec: models.ModelSpec, folder: Path) -> None:
     write_json(folder / "curves.json", curves)
     for quantization, name in (("none", "gradients"), ("nf4", "gradients_nf4")):
         adapted = adapters.attach(load(source, quantization), folder / "adapter", training=True)
-        save_file(training.gradients(adapted, batches[0]), folder / f"{name}.safetensors")
+        save_file(training.gradients(adapted, batches[:1]), folder / f"{name}.safetensors")
+    make_dropout(folder, batches)
+
+
+def make_dropout(folder: Path, batches: list[data.Batch]) -> None:
+    """Training with dropout in the adapters: the gradients of step 0, and some steps."""
+    settings = training.DROPOUT
+    adapted = adapters.attach(load(folder / "model", "none"), folder / "adapter", training=True)
+    masks.install(adapted, settings.lora_dropout, settings.dropout_seed)
+    first = [batches[line] for line in settings.lines(0)]
+    save_file(training.gradients(adapted, first), folder / "gradients_dropout.safetensors")
+    steps = training.train(adapted, batches, settings)
+    write_json(folder / "dropout.json", training.as_json(settings, steps))
 
 
 def load(source: Path, quantization: str) -> models.Qwen2ForCausalLM:
@@ -89,7 +135,7 @@ def make_forward(spec: models.ModelSpec, folder: Path) -> None:
 
 
 def make_adapters(spec: models.ModelSpec, folder: Path) -> None:
-    adapted = adapters.create(models.load(folder / "model"), spec)
+    adapted = adapters.create(models.load(folder / "model"), spec.seed, spec.lora_r, spec.lora_alpha)
     if spec is models.SPECS[0]:
         adapters.save(adapted, folder / "adapter_zero_b")
     adapters.randomize(adapted, spec)
@@ -101,4 +147,10 @@ def write_json(path: Path, value: object) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    match sys.argv[1:]:
+        case [folder]:
+            main(Path(folder))
+        case [folder, seed]:
+            make_others(Path(folder), int(seed))
+        case _:
+            sys.exit(__doc__)

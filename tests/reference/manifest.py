@@ -2,7 +2,7 @@
 
     manifest.py verify            the golden files are those that were recorded
     manifest.py installed         the packages of this Python are those of requirements.txt
-    manifest.py record GOLDEN     write manifest.json for a folder of golden files
+    manifest.py record FOLDER     write FOLDER/manifest.json for FOLDER/golden
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).parent
-MANIFEST = HERE / "manifest.json"
 Digests = dict[str, str]
 
 
@@ -49,19 +48,19 @@ def check_installed() -> None:
             sys.exit(f"{name} {found} is installed, but requirements.txt asks for {pin}")
 
 
-def record(golden: Path) -> None:
+def record(folder: Path) -> None:
     check_installed()
     manifest = {
         "python": platform.python_version(),
         "packages": pinned_versions(),
         "sources": source_digests(),
-        "golden": golden_digests(golden),
+        "golden": golden_digests(folder / "golden"),
     }
-    MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def verify() -> None:
-    manifest = json.loads(MANIFEST.read_text())
+    manifest = json.loads((HERE / "manifest.json").read_text())
     problems = differences("golden", manifest["golden"], golden_digests(HERE / "golden"))
     problems += differences("source", manifest["sources"], source_digests())
     if manifest["packages"] != pinned_versions():

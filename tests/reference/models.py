@@ -10,6 +10,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
+class Unsuitable(Exception):
+    """This seed makes a model that would test too little: another one has to be chosen."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     name: str
@@ -25,8 +29,13 @@ class ModelSpec:
     rope_theta: float
     lora_r: int
     max_shard_size: str = "5GB"
+    lora_alpha: int = 16
+    rms_norm_eps: float = 1e-6
+    head_dim: int | None = None
 
     def config(self) -> Qwen2Config:
+        # Absent, as in the checkpoints of Qwen, it is hidden_size / heads.
+        head_dim = {} if self.head_dim is None else {"head_dim": self.head_dim}
         return Qwen2Config(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -37,10 +46,12 @@ class ModelSpec:
             max_position_embeddings=128,
             tie_word_embeddings=self.tied,
             rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            rms_norm_eps=self.rms_norm_eps,
             bos_token_id=None,
             eos_token_id=None,
             pad_token_id=0,
             dtype=self.dtype,
+            **head_dim,
         )
 
     def rng(self, purpose: str) -> np.random.Generator:
@@ -54,6 +65,45 @@ SPECS = (
     ModelSpec("sharded-4q1kv", 2, torch.bfloat16, 89, 64, 48, 3, 4, 1, False, 1_000_000.0, 4, "50KB"),
     ModelSpec("odd-2q2kv", 12, torch.float16, 113, 40, 100, 2, 2, 2, True, 10_000.0, 4),
 )
+
+
+def random_spec(seed: int, number: int, attempt: int) -> ModelSpec:
+    """A model of a shape that is not in `SPECS`. A few attempts differ in the weights only."""
+    rng = np.random.default_rng([seed, number, attempt // 6])
+
+    def choose(*options):
+        return options[int(rng.integers(len(options)))]
+
+    heads = int(rng.integers(1, 9))
+    kv_heads = choose(*(n for n in range(1, heads + 1) if heads % n == 0))
+    head_dim = 2 * int(rng.integers(3, 13))
+    hidden = heads * head_dim
+    # Heads need not be as wide together as the hidden state.
+    own_head_dim = hidden % 64 == 0 or hidden < 24 or rng.random() < 0.25
+    if own_head_dim:
+        hidden = choose(26, 40, 52, 66, 90, 100)
+    layers = int(rng.integers(1, 5))
+    tied = bool(rng.integers(2))
+    dtype = choose(torch.float32, torch.bfloat16, torch.float16)
+    lora_r = int(rng.integers(1, 10))
+    return ModelSpec(
+        name=f"{number}-{heads}q{kv_heads}kv-{hidden}-{layers}l-{'tied' if tied else 'untied'}",
+        seed=int(np.random.default_rng([seed, number, attempt]).integers(2**31)),
+        dtype=dtype,
+        vocab_size=int(rng.integers(60, 400)),
+        hidden_size=hidden,
+        intermediate_size=int(rng.integers(30, 200)),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        tied=tied,
+        rope_theta=float(choose(5_000, 10_000, 77_777, 500_000, 1_000_000, 5_000_000)),
+        lora_r=lora_r,
+        max_shard_size=choose("5GB", "40KB"),
+        lora_alpha=choose(lora_r, 2 * lora_r, 3 * lora_r + 1),
+        rms_norm_eps=choose(1e-6, 1e-5, 1e-3),
+        head_dim=head_dim if own_head_dim else None,
+    )
 
 
 def build(spec: ModelSpec) -> Qwen2ForCausalLM:
@@ -80,7 +130,8 @@ def _values(
         values = 0.3 * values
     elif "embed_tokens" in name:
         # As a head it must not drown what the layers say, or decoding repeats one token.
-        values = (0.25 if spec.tied else 0.6) * values
+        gain = 0.25 * min(1.0, np.sqrt(40 / spec.hidden_size)) if spec.tied else 0.6
+        values = gain * values
     else:
         gain = 1.4 if "self_attn" in name else 1.0
         values = gain * values / np.sqrt(shape[1])

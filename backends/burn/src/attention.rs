@@ -1,7 +1,7 @@
 //! Grouped-query attention and its KV cache.
 
 use crate::rope::Rotation;
-use burn::tensor::activation::softmax;
+use burn::tensor::activation;
 use burn::tensor::{Bool, Device, Tensor};
 use evalfw_engine::config::ModelConfig;
 
@@ -71,9 +71,12 @@ pub fn attend(
     let query = by_head(query);
     let key = by_head(pass.rotation.apply(split(key, key_value_heads)));
     let value = by_head(split(value, key_value_heads));
-    let (key, value) = match cache {
-        Some(cache) => cache.append(key, value),
-        None => (key, value),
+    let (key, value, softmax): (_, _, fn(Tensor<4>) -> Tensor<4>) = match cache {
+        Some(cache) => {
+            let (key, value) = cache.append(key, value);
+            (key, value, |scores| activation::softmax(scores, 3))
+        }
+        None => (key, value, repeatable_softmax),
     };
 
     let scores: Tensor<3> = query.matmul(key.swap_dims(1, 2));
@@ -85,9 +88,18 @@ pub fn attend(
         }
         None => scores,
     };
-    let weights = softmax(scores, 3).reshape([products, rows, seen]);
+    let weights = softmax(scores).reshape([products, rows, seen]);
     let mixed = weights.matmul(value).reshape([batch, query_heads, positions, dim]);
     mixed.swap_dims(1, 2).reshape([batch * positions, query_heads * dim])
+}
+
+/// Softmax over the last dimension by the same operations with and without autodiff: flex's own is a
+/// fused kernel outside of it, and a block that is computed again in the backward pass would differ from
+/// its first pass in the last bits.
+fn repeatable_softmax(scores: Tensor<4>) -> Tensor<4> {
+    let largest = scores.clone().detach().max_dim(3);
+    let exponentials = (scores - largest).exp();
+    exponentials.clone() / exponentials.sum_dim(3)
 }
 
 /// Keys and values of one layer for one sequence, `[key-value heads, capacity, dim]`. Grows in steps, so

@@ -1,0 +1,113 @@
+//! The checks of one reference model.
+
+mod forward;
+mod training;
+
+use super::compare::{Deviation, relative};
+use super::reference::ReferenceModel;
+use super::session::{Broken, Session};
+use super::tolerance::Tolerances;
+use super::{Check, Scope, Verdict};
+use crate::worker::WorkerCommand;
+use evalfw_engine::lora::Adapter;
+use evalfw_engine::protocol::{AttachAdapter, BatchRef, Evaluate, Quantization, TrainingConfig};
+use std::path::Path;
+use tempfile::TempDir;
+
+/// All checks of `model` that belong to `scope`.
+pub fn run(
+    command: &WorkerCommand,
+    model: &ReferenceModel,
+    scope: Scope,
+    verdict: &mut Verdict,
+) -> Result<(), Broken> {
+    for quantization in [Quantization::None, Quantization::Nf4] {
+        let (session, info) = Session::open(command, &model.model, quantization)?;
+        let tolerances = session.harness("hello", Tolerances::of(&info.compute_dtype))?;
+        verdict.info = Some(info);
+        verdict.tolerances = Some(tolerances);
+        let scratch = session.harness("scratch", tempfile::tempdir())?;
+        Bench { session, scratch, model, quantization, tolerances, verdict }.checks(scope)?;
+    }
+    Ok(())
+}
+
+/// A session with the model loaded in one form, and a folder for what the engine writes.
+struct Bench<'a> {
+    session: Session,
+    scratch: TempDir,
+    model: &'a ReferenceModel,
+    quantization: Quantization,
+    tolerances: Tolerances,
+    verdict: &'a mut Verdict,
+}
+
+impl Bench<'_> {
+    fn checks(&mut self, scope: Scope) -> Result<(), Broken> {
+        let exact = self.quantization == Quantization::None;
+        if exact {
+            self.logits()?;
+            self.decoding()?;
+        }
+        self.losses()?;
+        self.gradients()?;
+        if exact {
+            self.dropout_gradients()?;
+        }
+        if scope == Scope::Short {
+            return Ok(());
+        }
+        if exact {
+            self.finite_differences()?;
+            self.dropout()?;
+        }
+        self.curves()
+    }
+
+    fn report(&mut self, name: &str, deviation: Deviation, tolerance: f64) {
+        let name = self.label(name);
+        self.verdict.checks.push(Check::new(&self.model.name, name, deviation, tolerance));
+    }
+
+    fn label(&self, name: &str) -> String {
+        match self.quantization {
+            Quantization::None => name.to_owned(),
+            Quantization::Nf4 => format!("NF4: {name}"),
+        }
+    }
+
+    /// Evaluation losses of all batches from those of the reference.
+    fn batch_losses(&mut self, name: &str, expected: &[f64], tolerance: f64) -> Result<(), Broken> {
+        let mut all = Vec::new();
+        let mut losses = Vec::new();
+        for (line, expected) in expected.iter().enumerate() {
+            let got = self.evaluate(line)?;
+            let place = format!("batch {line}: {got:.6}, expected {expected:.6}");
+            all.push(Deviation::new(relative(got, *expected), place));
+            losses.push(got);
+        }
+        if self.quantization == Quantization::Nf4 {
+            self.verdict.nf4_losses.insert((self.model.name.clone(), name.to_owned()), losses);
+        }
+        self.report(name, Deviation::largest(all), tolerance);
+        Ok(())
+    }
+
+    fn evaluate(&mut self, line: usize) -> Result<f64, Broken> {
+        let batches = self.lines(vec![line]);
+        Ok(self.session.call("evaluate", Evaluate { batches })?.loss)
+    }
+
+    fn attach(&mut self, adapter: &Path, training: TrainingConfig) -> Result<(), Broken> {
+        let call = AttachAdapter { adapter: adapter.to_owned(), training };
+        self.session.call("attach adapter", call).map(drop)
+    }
+
+    fn adapter(&self, folder: &Path) -> Result<Adapter, Broken> {
+        self.session.harness("read adapter", Adapter::read(folder, &self.model.config))
+    }
+
+    fn lines(&self, lines: Vec<usize>) -> BatchRef {
+        BatchRef { file: self.model.batches.clone(), lines }
+    }
+}

@@ -1,0 +1,176 @@
+//! Gradients, dropout, training curves.
+
+use super::Bench;
+use crate::verify::compare::{Deviation, relative, tensors, whole};
+use crate::verify::reference::Curve;
+use crate::verify::session::Broken;
+use evalfw_engine::lora::{AdapterTensors, Target, read_tensors};
+use evalfw_engine::protocol::{Gradients, Quantization, SaveAdapter, TrainStep, TrainingConfig};
+use std::path::{Path, PathBuf};
+
+impl Bench<'_> {
+    pub fn gradients(&mut self) -> Result<(), Broken> {
+        let model = self.model;
+        let expected = match self.quantization {
+            Quantization::None => &model.gradients,
+            Quantization::Nf4 => &model.gradients_nf4,
+        };
+        let recomputed = self.gradients_of(&model.adapter, &[0], 0, true)?;
+        self.report("adapter gradients", tensors(&recomputed, expected), self.tolerances.gradients);
+        let kept = self.gradients_of(&model.adapter, &[0], 0, false)?;
+        let deviation = whole(&kept, &recomputed);
+        self.report("gradients with and without checkpointing", deviation, self.tolerances.repetition);
+        Ok(())
+    }
+
+    /// Rate and scale of dropout in training, and to each micro-batch, layer and projection its own mask.
+    pub fn dropout_gradients(&mut self) -> Result<(), Broken> {
+        let model = self.model;
+        let adapter = self.adapter_with_dropout()?;
+        let Some(first) = model.dropout.steps.first() else { return Ok(()) };
+        let seed = model.dropout.settings.dropout_seed;
+        let recomputed = self.gradients_of(&adapter, &first.lines, seed, true)?;
+        let deviation = tensors(&recomputed, &model.gradients_dropout);
+        self.report("adapter gradients with dropout", deviation, self.tolerances.gradients);
+        let kept = self.gradients_of(&adapter, &first.lines, seed, false)?;
+        let deviation = whole(&kept, &recomputed);
+        self.report("dropout masks are the same in recomputation", deviation, self.tolerances.repetition);
+        Ok(())
+    }
+
+    /// Off in evaluation, and anew in each step of training.
+    pub fn dropout(&mut self) -> Result<(), Broken> {
+        let model = self.model;
+        let adapter = self.adapter_with_dropout()?;
+        self.attach(&adapter, model.dropout.settings.training())?;
+        let expected = &model.losses.of(self.quantization).adapter;
+        let name = "losses with dropout, which evaluation leaves out";
+        self.batch_losses(name, expected, self.tolerances.losses)?;
+        self.curve("dropout", &model.dropout, &adapter)
+    }
+
+    /// `adapter/` with the dropout of the reference's `dropout.json`.
+    fn adapter_with_dropout(&self) -> Result<PathBuf, Broken> {
+        let mut adapter = self.adapter(&self.model.adapter)?;
+        adapter.config.lora_dropout = self.model.dropout.settings.lora_dropout;
+        let folder = self.scratch.path().join("dropout");
+        self.session.harness("dropout", adapter.write(&folder, &self.model.name))?;
+        Ok(folder)
+    }
+
+    /// The gradients of step 0.
+    fn gradients_of(
+        &mut self,
+        adapter: &Path,
+        lines: &[usize],
+        dropout_seed: u64,
+        gradient_checkpointing: bool,
+    ) -> Result<AdapterTensors, Broken> {
+        let r = self.adapter(adapter)?.config.r;
+        self.attach(adapter, TrainingConfig { gradient_checkpointing, ..TrainingConfig::default() })?;
+        let output = self.scratch.path().join("gradients.safetensors");
+        let batches = self.lines(lines.to_vec());
+        self.session
+            .call("gradients", Gradients { step: 0, dropout_seed, batches, output: output.clone() })?;
+        self.session.harness("gradients", read_tensors(&output, &self.model.config, r))
+    }
+
+    /// Perturbs the entry with the largest gradient of each factor, and looks at the loss.
+    pub fn finite_differences(&mut self) -> Result<(), Broken> {
+        let Some(tolerance) = self.tolerances.finite_differences else { return Ok(()) };
+        let original = self.adapter(&self.model.adapter)?;
+        let gradients = self.gradients_of(&self.model.adapter, &[0], 0, true)?;
+        let layer = self.model.config.num_hidden_layers - 1;
+        let folder = self.scratch.path().join("perturbed");
+        let mut all = Vec::new();
+        for target in Target::ALL {
+            let (Some(gradient), Some(weights)) =
+                (gradients.get(&(layer, target)), original.tensors.get(&(layer, target)))
+            else {
+                all.push(Deviation::new(f64::INFINITY, format!("no gradient of {}", target.module())));
+                continue;
+            };
+            for (factor, gradient, weight) in [('A', &gradient.a, &weights.a), ('B', &gradient.b, &weights.b)]
+            {
+                let index = largest(gradient);
+                let size = 1e-2 * (1.0 + weight[index].abs());
+                let mut loss_at = |value: f32| {
+                    let mut perturbed = original.clone();
+                    if let Some(pair) = perturbed.tensors.get_mut(&(layer, target)) {
+                        let values = if factor == 'A' { &mut pair.a } else { &mut pair.b };
+                        values[index] = value;
+                    }
+                    self.session.harness("perturb", perturbed.write(&folder, &self.model.name))?;
+                    self.attach(&folder, TrainingConfig::default())?;
+                    self.evaluate(0)
+                };
+                let slope =
+                    (loss_at(weight[index] + size)? - loss_at(weight[index] - size)?) / f64::from(2.0 * size);
+                let place = format!("lora_{factor} of {}, entry {index}", target.module());
+                all.push(Deviation::new(relative(f64::from(gradient[index]), slope), place));
+            }
+        }
+        self.report("finite differences", Deviation::largest(all), tolerance);
+        Ok(())
+    }
+
+    pub fn curves(&mut self) -> Result<(), Broken> {
+        let model = self.model;
+        for (name, curve) in &model.curves {
+            if curve.settings.quantization() == self.quantization {
+                self.curve(name, curve, &model.adapter)?;
+                if name == "adamw" {
+                    self.trained()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn curve(&mut self, name: &str, curve: &Curve, adapter: &Path) -> Result<(), Broken> {
+        self.attach(adapter, curve.settings.training())?;
+        let mut losses = Vec::new();
+        let mut norms = Vec::new();
+        for (step, expected) in curve.steps.iter().enumerate() {
+            let dropout_seed = curve.settings.dropout_seed;
+            let batches = self.lines(expected.lines.clone());
+            let call = TrainStep { step: step as u64, dropout_seed, batches };
+            let got = self.session.call("train step", call)?;
+            let place = format!("step {step}: {:.6}, expected {:.6}", got.loss, expected.loss);
+            losses.push(Deviation::new(relative(got.loss, expected.loss), place));
+            let place = format!("step {step}: {:.6}, expected {:.6}", got.grad_norm, expected.grad_norm);
+            norms.push(Deviation::new(relative(got.grad_norm, expected.grad_norm), place));
+        }
+        let name_of_losses = format!("{} losses of the curve {name}", curve.steps.len());
+        self.report(&name_of_losses, Deviation::largest(losses), self.tolerances.curve_losses);
+        if let Some(tolerance) = self.tolerances.later_norms {
+            let name = format!("gradient norms of the curve {name}");
+            self.report(&name, Deviation::largest(norms), tolerance);
+        } else {
+            // Before any update.
+            let name = format!("first gradient norm of the curve {name}");
+            self.report(&name, Deviation::largest(norms.into_iter().take(1)), self.tolerances.gradients);
+        }
+        Ok(())
+    }
+
+    /// What the curve `adamw` trained, as it evaluates and as it is saved.
+    fn trained(&mut self) -> Result<(), Broken> {
+        let expected = &self.model.losses.of(self.quantization).trained_adapter;
+        self.batch_losses("losses after training", expected, self.tolerances.curve_losses)?;
+        let before = self.evaluate(0)?;
+        let output = self.scratch.path().join("saved");
+        self.session.call("save adapter", SaveAdapter { output: output.clone() })?;
+        self.attach(&output, TrainingConfig::default())?;
+        let after = self.evaluate(0)?;
+        let deviation = Deviation::new(relative(after, before), "loss of batch 0");
+        self.report("the saved adapter reproduces its loss", deviation, self.tolerances.repetition);
+        Ok(())
+    }
+}
+
+/// Index of the largest magnitude.
+fn largest(values: &[f32]) -> usize {
+    let by_magnitude = |a: &(usize, &f32), b: &(usize, &f32)| a.1.abs().total_cmp(&b.1.abs());
+    values.iter().enumerate().max_by(by_magnitude).map_or(0, |(index, _)| index)
+}
