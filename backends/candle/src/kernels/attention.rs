@@ -1,9 +1,9 @@
 //! Causal grouped-query attention, a piece of the queries at a time: the scores of a whole sequence
 //! never exist, and what the mask hides is hardly ever computed.
 
-use crate::kernels::dot::dot;
 use crate::kernels::product::{Threads, View, ViewMut, add_product};
 use crate::kernels::softmax::softmax;
+use evalfw_kernels::dot;
 use rayon::prelude::*;
 
 /// Queries whose scores exist at a time, for each thread.

@@ -1,7 +1,6 @@
 //! Plain loops and products on slices: what the operations run on a CPU. Nothing here knows a tensor.
 
 pub mod attention;
-pub mod dot;
 pub mod product;
 pub mod softmax;
 

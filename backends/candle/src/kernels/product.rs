@@ -33,12 +33,6 @@ impl<'a> View<'a> {
         Self { data: &self.data[start * self.row_stride..], rows, ..self }
     }
 
-    /// The columns from `start`.
-    pub fn columns(self, start: usize, cols: usize) -> Self {
-        assert!(start + cols <= self.cols);
-        Self { data: &self.data[start * self.col_stride..], cols, ..self }
-    }
-
     /// The transpose, without a copy.
     pub fn t(self) -> Self {
         Self {
@@ -62,12 +56,6 @@ pub struct ViewMut<'a> {
 impl<'a> ViewMut<'a> {
     pub fn new(data: &'a mut [f32], cols: usize) -> Self {
         Self { rows: data.len() / cols, data, cols, row_stride: cols }
-    }
-
-    /// The columns from `start` of a row-major matrix with `width` columns.
-    pub fn columns(data: &'a mut [f32], width: usize, start: usize, cols: usize) -> Self {
-        assert!(start + cols <= width);
-        Self { rows: data.len() / width, data: &mut data[start..], cols, row_stride: width }
     }
 }
 
@@ -124,14 +112,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn adds_a_scaled_product_to_some_columns() {
+    fn adds_a_scaled_product() {
         let a = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
         let b = [1.0, 0.0, 2.0, -1.0, 0.5, 1.0];
-        let mut out = vec![1.0; 2 * 4];
-        // a [2, 3] times the transpose of b [2, 3], into the columns 1 and 2 of four.
-        let columns = ViewMut::columns(&mut out, 4, 1, 2);
-        add_product(columns, 2.0, View::new(&a, 3), View::new(&b, 3).t(), Threads::All);
-        assert_eq!(out, [1.0, 15.0, 7.0, 1.0, 1.0, 33.0, 10.0, 1.0]);
+        let mut out = vec![1.0; 2 * 2];
+        // a [2, 3] times the transpose of b [2, 3].
+        add_product(ViewMut::new(&mut out, 2), 2.0, View::new(&a, 3), View::new(&b, 3).t(), Threads::All);
+        assert_eq!(out, [15.0, 7.0, 33.0, 10.0]);
     }
 
     #[test]

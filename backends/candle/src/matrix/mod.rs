@@ -5,10 +5,9 @@
 //! autograd; [`crate::linear`] wraps it.
 
 mod device;
-mod host;
 
 pub use device::{DeviceMatrix, Nf4Tables};
-pub use host::HostMatrix;
+pub use evalfw_kernels::HostMatrix;
 
 use crate::values::CpuValues;
 use candle_core::{Device, Result, Tensor, bail};

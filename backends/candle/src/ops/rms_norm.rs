@@ -1,8 +1,8 @@
 //! Root mean square layer normalisation (Zhang and Sennrich 2019) with a frozen weight.
 
-use crate::kernels::dot::dot;
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor};
+use evalfw_kernels::dot;
 use rayon::prelude::*;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, in f32.

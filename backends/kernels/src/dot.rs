@@ -44,12 +44,12 @@ fn dot_f32(a: &[f32], b: &[f32]) -> f32 {
 
 #[inline(always)]
 fn dot_widening(a: &[bf16], b: &[f32]) -> f32 {
-    dot_body(a, b, widen)
+    dot_body(a, b, widen_bf16)
 }
 
 /// The f32 with the same value. `bf16::to_f32` also quiets NaN, which costs a branch.
 #[inline(always)]
-pub fn widen(value: bf16) -> f32 {
+pub fn widen_bf16(value: bf16) -> f32 {
     f32::from_bits(u32::from(value.to_bits()) << 16)
 }
 

@@ -1,0 +1,60 @@
+//! Which instructions this CPU has.
+
+use std::sync::OnceLock;
+
+/// Names a level to stay below, for tests and comparisons: `portable`, `neon`, `avx2` or `avx512`.
+pub const LIMIT_VARIABLE: &str = "EVALFW_SIMD";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Level {
+    Portable,
+    Neon,
+    /// With FMA.
+    Avx2,
+    /// F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Level {
+    pub const ALL: [Self; 4] = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Neon => "neon",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this CPU can run it.
+    pub fn is_there(self) -> bool {
+        match self {
+            Self::Portable => true,
+            Self::Neon => cfg!(target_arch = "aarch64"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_there()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512 => false,
+        }
+    }
+}
+
+/// The best level of this CPU, or the best below the limit in the environment.
+pub fn level() -> Level {
+    static LEVEL: OnceLock<Level> = OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        let limit = std::env::var(LIMIT_VARIABLE).unwrap_or_default();
+        let limit = Level::ALL.into_iter().find(|l| l.name() == limit).unwrap_or(Level::Avx512);
+        let usable = |l: &Level| *l <= limit && l.is_there();
+        Level::ALL.into_iter().rfind(usable).unwrap_or(Level::Portable)
+    })
+}

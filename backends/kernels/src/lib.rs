@@ -1,0 +1,19 @@
+//! Products of f32 activations with frozen matrices that stay packed: NF4, or the checkpoint's own type.
+//!
+//! - [`HostMatrix`]: a matrix in the form in which it is stored, and its products
+//! - [`vector`]: one row of activations, as in decoding; bound by reading the matrix once
+//! - [`product`]: many rows, as in prefill and training; bound by arithmetic. Each weight is widened once
+//!   for each product, into a tile that stays in the cache of the core that uses it
+//! - [`level`]: the instruction sets, found at run time
+//!
+//! Nothing here knows a framework: engines call it from their own extension points.
+
+mod dot;
+pub mod level;
+mod matrix;
+mod nf4;
+mod product;
+mod vector;
+
+pub use dot::{dot, dot_bf16, widen_bf16};
+pub use matrix::HostMatrix;

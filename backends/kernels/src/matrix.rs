@@ -1,0 +1,84 @@
+//! Frozen matrices in the host's memory.
+
+use crate::dot::widen_bf16;
+use crate::{nf4, product, vector};
+use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
+use evalfw_engine::weights::{DenseData, Weight};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+/// `[out_features, in_features]`, or `[vocab_size, hidden_size]`, in the form in which it is stored.
+pub struct HostMatrix {
+    pub(crate) shape: [usize; 2],
+    pub(crate) elements: Elements,
+}
+
+pub(crate) enum Elements {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+    Nf4(Nf4Tensor),
+}
+
+impl HostMatrix {
+    pub fn new(weight: Weight) -> Self {
+        match weight {
+            Weight::Nf4(tensor) => Self { shape: tensor.shape, elements: Elements::Nf4(tensor) },
+            Weight::Dense(tensor) => {
+                let elements = match tensor.data {
+                    DenseData::F32(values) => Elements::F32(values),
+                    DenseData::F16(values) => Elements::F16(values),
+                    DenseData::Bf16(values) => Elements::Bf16(values),
+                };
+                Self { shape: tensor.shape, elements }
+            }
+        }
+    }
+
+    pub fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    /// `out += x · Wᵀ` for row-major `x` `[rows, in_features]`.
+    pub fn add_product(&self, x: &[f32], out: &mut [f32]) {
+        match x.len() == self.shape[1] {
+            true => vector::add_product(self, x, out),
+            false => product::add_product(self, x, out),
+        }
+    }
+
+    /// `out += y · W` for row-major `y` `[rows, out_features]`.
+    pub fn add_transposed_product(&self, y: &[f32], out: &mut [f32]) {
+        product::add_transposed_product(self, y, out);
+    }
+
+    /// Looks up rows, widened.
+    pub fn rows(&self, ids: &[u32]) -> Vec<f32> {
+        let width = self.shape[1];
+        let mut out = vec![0.0; ids.len() * width];
+        for (out, &id) in out.chunks_mut(width).zip(ids) {
+            self.widen(id as usize * width, out);
+        }
+        out
+    }
+
+    /// Widens the elements from `start` in the order of their storage.
+    pub(crate) fn widen(&self, start: usize, out: &mut [f32]) {
+        let range = start..start + out.len();
+        match &self.elements {
+            Elements::F32(values) => out.copy_from_slice(&values[range]),
+            Elements::F16(values) => values[range].convert_to_f32_slice(out),
+            Elements::Bf16(values) => {
+                out.iter_mut().zip(&values[range]).for_each(|(out, &value)| *out = widen_bf16(value));
+            }
+            Elements::Nf4(tensor) if start.is_multiple_of(BLOCK) => nf4::widen(tensor, start, out),
+            Elements::Nf4(tensor) => {
+                // Cut out of the blocks it lies in.
+                let from = start / BLOCK * BLOCK;
+                let mut blocks = vec![0.0; range.end - from];
+                nf4::widen(tensor, from, &mut blocks);
+                out.copy_from_slice(&blocks[start - from..]);
+            }
+        }
+    }
+}

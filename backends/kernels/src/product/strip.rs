@@ -1,0 +1,240 @@
+//! The innermost product: one panel of activations times a strip of columns, with all sums in registers.
+
+use super::{COLUMN_STRIDE, COLUMNS};
+
+/// An instruction set's way of multiplying.
+pub trait Kernel {
+    /// Rows of a panel.
+    const LANES: usize;
+    /// Columns of a strip at most.
+    const COLUMNS: usize;
+
+    /// `sums[c, lane] += Σ_d panel[d, lane] · weights(d, c)`, for `sums.len() / LANES` columns. The weights
+    /// lie along the depth with [`COLUMN_STRIDE`] between columns, or, transposed, along the columns with
+    /// [`COLUMNS`] between depths.
+    fn multiply<const TRANSPOSED: bool>(panel: &[f32], weights: &[f32], sums: &mut [f32]);
+}
+
+/// A register of f32.
+trait Vector: Copy {
+    const WIDTH: usize;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    unsafe fn splat(value: f32) -> Self;
+    /// `self + a · b`
+    unsafe fn add_product(self, a: Self, b: Self) -> Self;
+}
+
+/// # Safety
+/// The CPU has the instructions of `V`. `panel` has a multiple of the lanes, the weights reach as far as
+/// the depth and the columns, and `sums` has `N` columns.
+#[inline(always)]
+unsafe fn strip<V: Vector, const VECTORS: usize, const N: usize, const TRANSPOSED: bool>(
+    panel: &[f32],
+    weights: &[f32],
+    sums: &mut [f32],
+) {
+    let lanes = VECTORS * V::WIDTH;
+    let (column, deeper) = if TRANSPOSED { (1, COLUMNS) } else { (COLUMN_STRIDE, 1) };
+    let depth = panel.len() / lanes;
+    assert!(sums.len() == N * lanes && (depth - 1) * deeper + (N - 1) * column < weights.len());
+    // SAFETY: the assertion above bounds all reads and writes.
+    unsafe {
+        let out = sums.as_mut_ptr();
+        let mut totals: [[V; VECTORS]; N] =
+            std::array::from_fn(|n| std::array::from_fn(|v| V::load(out.add(n * lanes + v * V::WIDTH))));
+        let (mut x, mut w) = (panel.as_ptr(), weights.as_ptr());
+        for _ in 0..depth {
+            let rows: [V; VECTORS] = std::array::from_fn(|v| V::load(x.add(v * V::WIDTH)));
+            for (n, totals) in totals.iter_mut().enumerate() {
+                let weight = V::splat(*w.add(n * column));
+                for (total, row) in totals.iter_mut().zip(rows) {
+                    *total = total.add_product(row, weight);
+                }
+            }
+            x = x.add(lanes);
+            w = w.add(deeper);
+        }
+        for (n, totals) in totals.into_iter().enumerate() {
+            for (v, total) in totals.into_iter().enumerate() {
+                total.store(out.add(n * lanes + v * V::WIDTH));
+            }
+        }
+    }
+}
+
+/// Implements [`Kernel`] with a register and how many of them make a panel and a strip.
+macro_rules! kernel {
+    ($(#[$doc:meta])* $name:ident, $vector:ty, $lanes:literal = $vectors:literal registers, strips of $($n:literal)+ $(, $features:literal)?) => {
+        $(#[$doc])*
+        pub struct $name;
+
+        impl Kernel for $name {
+            const LANES: usize = $lanes;
+            const COLUMNS: usize = {
+                let mut largest = 0;
+                $(if $n > largest { largest = $n; })+
+                largest
+            };
+
+            fn multiply<const TRANSPOSED: bool>(panel: &[f32], weights: &[f32], sums: &mut [f32]) {
+                $(#[target_feature(enable = $features)])?
+                unsafe fn run<const N: usize, const TRANSPOSED: bool>(
+                    panel: &[f32],
+                    weights: &[f32],
+                    sums: &mut [f32],
+                ) {
+                    const { assert!($lanes == $vectors * <$vector as Vector>::WIDTH) };
+                    // SAFETY: the caller sees to the instructions; the rest is checked inside.
+                    unsafe { strip::<$vector, $vectors, N, TRANSPOSED>(panel, weights, sums) }
+                }
+                // SAFETY: a kernel is used only where its level has been found.
+                unsafe {
+                    match sums.len() / $lanes {
+                        $($n => run::<$n, TRANSPOSED>(panel, weights, sums),)+
+                        _ => unreachable!("strips have at most {} columns", Self::COLUMNS),
+                    }
+                }
+            }
+        }
+    };
+}
+
+kernel! {
+    /// For every CPU; the compiler makes of it what it can.
+    Portable, [f32; 8], 8 = 1 registers, strips of 1 2 3 4
+}
+
+impl Vector for [f32; 8] {
+    const WIDTH: usize = 8;
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: by the contract of `strip`.
+        unsafe { from.cast::<Self>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: by the contract of `strip`.
+        unsafe { to.cast::<Self>().write_unaligned(self) };
+    }
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        [value; 8]
+    }
+
+    #[inline(always)]
+    unsafe fn add_product(self, a: Self, b: Self) -> Self {
+        std::array::from_fn(|i| self[i] + a[i] * b[i])
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Kernel, Vector, strip};
+    use std::arch::x86_64::*;
+
+    kernel! {
+        /// 24 of 32 registers hold sums.
+        Avx512, __m512, 32 = 2 registers, strips of 1 2 3 4 5 6 7 8 9 10 11 12, "avx512f,avx512bw,avx512dq,avx512vl"
+    }
+
+    kernel! {
+        /// 12 of 16 registers hold sums.
+        Avx2, __m256, 16 = 2 registers, strips of 1 2 3 4 5 6, "avx2,fma"
+    }
+
+    impl Vector for __m512 {
+        const WIDTH: usize = 16;
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: by the contract of `strip`, also below.
+            unsafe { _mm512_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self) };
+        }
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { _mm512_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_product(self, a: Self, b: Self) -> Self {
+            unsafe { _mm512_fmadd_ps(a, b, self) }
+        }
+    }
+
+    impl Vector for __m256 {
+        const WIDTH: usize = 8;
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: by the contract of `strip`, also below.
+            unsafe { _mm256_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm256_storeu_ps(to, self) };
+        }
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { _mm256_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_product(self, a: Self, b: Self) -> Self {
+            unsafe { _mm256_fmadd_ps(a, b, self) }
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+pub use arm::Neon;
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use super::{Kernel, Vector, strip};
+    use std::arch::aarch64::*;
+
+    kernel! {
+        /// 24 of 32 registers hold sums.
+        Neon, float32x4_t, 16 = 4 registers, strips of 1 2 3 4 5 6, "neon"
+    }
+
+    impl Vector for float32x4_t {
+        const WIDTH: usize = 4;
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: by the contract of `strip`, also below.
+            unsafe { vld1q_f32(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { vst1q_f32(to, self) };
+        }
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { vdupq_n_f32(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_product(self, a: Self, b: Self) -> Self {
+            unsafe { vfmaq_f32(self, a, b) }
+        }
+    }
+}
