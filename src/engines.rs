@@ -13,6 +13,11 @@ pub struct EngineSpec {
 
 pub const ENGINES: &[EngineSpec] = &[
     EngineSpec { name: "candle-cpu", summary: "candle on the CPU", open: candle::cpu },
+    EngineSpec {
+        name: "candle-cpu-bf16",
+        summary: "candle on a CPU that multiplies bf16",
+        open: candle::cpu_bf16,
+    },
     EngineSpec { name: "candle-cuda", summary: "candle on an NVIDIA GPU", open: candle::cuda },
     EngineSpec { name: "candle-metal", summary: "candle on an Apple GPU", open: candle::metal },
     EngineSpec {
@@ -44,11 +49,15 @@ fn left_out(feature: &str) -> evalfw_engine::Result<Box<dyn Engine>> {
 
 #[cfg(feature = "candle")]
 mod candle {
-    use evalfw_candle::{CandleDevice, open};
+    use evalfw_candle::{CandleDevice, open, open_cpu_bf16};
     use evalfw_engine::{Engine, Result};
 
     pub fn cpu() -> Result<Box<dyn Engine>> {
         open(CandleDevice::Cpu)
+    }
+
+    pub fn cpu_bf16() -> Result<Box<dyn Engine>> {
+        open_cpu_bf16()
     }
 
     pub fn cuda() -> Result<Box<dyn Engine>> {
@@ -66,6 +75,10 @@ mod candle {
     use evalfw_engine::{Engine, Result};
 
     pub fn cpu() -> Result<Box<dyn Engine>> {
+        left_out("candle")
+    }
+
+    pub fn cpu_bf16() -> Result<Box<dyn Engine>> {
         left_out("candle")
     }
 

@@ -4,6 +4,7 @@ use crate::CandleDevice;
 use candle_core::Device;
 use evalfw_engine::protocol::{DeviceInfo, DeviceKind, DeviceMemory};
 use evalfw_engine::{Error, Result};
+use evalfw_kernels::level::level;
 use std::panic::catch_unwind;
 
 pub fn open(kind: CandleDevice) -> Result<Device> {
@@ -46,15 +47,13 @@ fn open_gpu(
     Err(Error::Unavailable { reason, advice: needed.to_owned() })
 }
 
-/// Compile-time switches that change speed.
-pub fn features() -> Vec<String> {
-    let all = [
-        // Always asked of the gemm crate; it checks at run time whether the CPU has AVX-512.
-        ("x86-v4", cfg!(target_arch = "x86_64")),
-        ("cuda", cfg!(feature = "cuda")),
-        ("metal", cfg!(feature = "metal")),
-    ];
-    all.iter().filter(|(_, on)| *on).map(|(name, _)| (*name).to_owned()).collect()
+/// What the speed depends on beside the device: the instructions that the kernels use, and features of the
+/// build.
+pub fn features(kind: CandleDevice) -> Vec<String> {
+    let level = (kind == CandleDevice::Cpu).then(|| level().name());
+    let built = [("cuda", cfg!(feature = "cuda")), ("metal", cfg!(feature = "metal"))];
+    let built = built.iter().filter(|(_, on)| *on).map(|(name, _)| *name);
+    level.into_iter().chain(built).map(str::to_owned).collect()
 }
 
 pub fn info(device: &Device) -> DeviceInfo {

@@ -11,16 +11,23 @@ use evalfw_engine::lora::Target;
 use evalfw_engine::protocol::{EngineInfo, VERSION};
 use evalfw_engine::weights::{DenseTensor, Weight, WeightLoader};
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
+use evalfw_kernels::Products;
 use std::sync::Arc;
 
 pub struct CandleEngine {
     kind: CandleDevice,
     device: Device,
+    /// On the CPU.
+    products: Products,
 }
 
 impl CandleEngine {
-    pub fn open(kind: CandleDevice) -> Result<Self> {
-        Ok(Self { kind, device: device::open(kind)? })
+    pub fn open(kind: CandleDevice, products: Products) -> Result<Self> {
+        Ok(Self { kind, device: device::open(kind)?, products })
+    }
+
+    fn is_bf16(&self) -> bool {
+        self.products == Products::Bf16
     }
 }
 
@@ -28,20 +35,20 @@ impl Engine for CandleEngine {
     fn info(&self) -> EngineInfo {
         EngineInfo {
             protocol: VERSION,
-            engine: format!("candle-{}", self.kind.name()),
+            engine: format!("candle-{}{}", self.kind.name(), if self.is_bf16() { "-bf16" } else { "" }),
             engine_version: env!("CARGO_PKG_VERSION").to_owned(),
             framework: "candle".to_owned(),
             framework_version: env!("CANDLE_VERSION").to_owned(),
             device: device::info(&self.device),
-            compute_dtype: "f32".to_owned(),
-            features: device::features(),
+            compute_dtype: if self.is_bf16() { "bf16 products" } else { "f32" }.to_owned(),
+            features: device::features(self.kind),
             threads: rayon::current_num_threads(),
         }
     }
 
     fn load(&mut self, loader: WeightLoader<'_>) -> Result<LoadedModel> {
         let tables = Nf4Tables::new(&self.device).map_err(Error::framework)?;
-        let network = Loading { loader, device: &self.device, tables }.network()?;
+        let network = Loading { loader, device: &self.device, products: self.products, tables }.network()?;
         Ok(Box::new(CandleModel::new(network)))
     }
 }
@@ -50,6 +57,7 @@ impl Engine for CandleEngine {
 struct Loading<'a> {
     loader: WeightLoader<'a>,
     device: &'a Device,
+    products: Products,
     tables: Nf4Tables,
 }
 
@@ -92,7 +100,7 @@ impl Loading<'_> {
     }
 
     fn matrix(&self, weight: Weight) -> Result<FrozenMatrix> {
-        FrozenMatrix::new(weight, self.device, &self.tables).map_err(Error::framework)
+        FrozenMatrix::new(weight, self.device, self.products, &self.tables).map_err(Error::framework)
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Tensor> {

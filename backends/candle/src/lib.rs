@@ -1,7 +1,7 @@
 //! candle as an evalfw engine: Qwen2 with a packed frozen base and LoRA, on the CPU, CUDA and Metal.
 //!
 //! - [`matrix`]: the frozen weights, packed, and their products
-//! - [`ops`]: the operations of a block, each with a true backward, over the loops in [`kernels`]
+//! - [`ops`]: the operations of a block, each with a true backward, over the loops in [`kernels`] and `evalfw-kernels`
 //! - [`linear`], [`block`], [`network`]: the model from the inside out
 //! - [`loss`], [`training`]: gradients and the optimizer step
 //! - [`engine`], [`model`], [`device`]: the contract with evalfw
@@ -19,7 +19,9 @@ mod ops;
 mod training;
 mod values;
 
-use evalfw_engine::{Engine, Result};
+use evalfw_engine::{Engine, Error, Result};
+use evalfw_kernels::Products;
+use evalfw_kernels::level::has_bf16_products;
 
 /// Where candle computes. CUDA and Metal need the cargo feature of their name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,8 +41,19 @@ impl CandleDevice {
     }
 }
 
-/// Opens a device. Where it is not compiled in or not there, the error is
+/// Opens a device to compute in f32. Where it is not compiled in or not there, the error is
 /// [`Unavailable`](evalfw_engine::Error::Unavailable) and says what to do.
 pub fn open(device: CandleDevice) -> Result<Box<dyn Engine>> {
-    Ok(Box::new(engine::CandleEngine::open(device)?))
+    Ok(Box::new(engine::CandleEngine::open(device, Products::F32)?))
+}
+
+/// Opens the CPU to multiply matrices in bf16, with sums and everything else in f32.
+pub fn open_cpu_bf16() -> Result<Box<dyn Engine>> {
+    if !has_bf16_products() {
+        return Err(Error::Unavailable {
+            reason: "this CPU has no instruction for products of bf16 (AVX512_BF16)".to_owned(),
+            advice: "use candle-cpu, which computes in f32".to_owned(),
+        });
+    }
+    Ok(Box::new(engine::CandleEngine::open(CandleDevice::Cpu, Products::Bf16)?))
 }

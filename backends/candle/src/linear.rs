@@ -272,6 +272,7 @@ mod tests {
     use crate::ops::testing::{assert_alike, var};
     use evalfw_engine::nf4::Nf4Tensor;
     use evalfw_engine::weights::Weight;
+    use evalfw_kernels::Products;
 
     /// The fused operation on the host's matrix, against the composition for GPUs on a tensor matrix.
     #[test]
@@ -291,7 +292,7 @@ mod tests {
                 mask: rate.map(|rate| Mask { key, rate }),
             };
             let fused = || {
-                let host = HostMatrix::new(weight.clone());
+                let host = HostMatrix::new(weight.clone(), Products::F32);
                 x.apply_op3(&a, &b, op(FrozenMatrix::Host(host), &bias))
             };
             let composed = || op(FrozenMatrix::Device(device.clone()), &bias).composed(x.as_tensor(), &a, &b);

@@ -121,6 +121,7 @@ mod tests {
     use crate::matrix::Nf4Tables;
     use candle_core::Var;
     use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
+    use evalfw_kernels::Products;
 
     fn weight(shape: [usize; 2]) -> Weight {
         let values = (0..shape[0] * shape[1]).map(|i| (i as f32 * 0.77).sin()).collect();
@@ -130,7 +131,7 @@ mod tests {
     #[test]
     fn chunks_give_the_loss_and_the_gradient_of_autograd() {
         let (rows, vocab_size, width) = (7, 300, 16);
-        let head = FrozenMatrix::Host(HostMatrix::new(weight([vocab_size, width])));
+        let head = FrozenMatrix::Host(HostMatrix::new(weight([vocab_size, width]), Products::F32));
         let cross_entropy = CrossEntropy { head: &head, rows_at_a_time: 3 };
         let hidden = Var::from_vec(weight([rows, width]).dense(), (rows, width), &Device::Cpu).unwrap();
         let targets = [5, 299, 0, 5, 120, 7, 8];
@@ -148,7 +149,7 @@ mod tests {
     #[test]
     fn host_and_device_form_agree() {
         let shape = [300, 16];
-        let host = FrozenMatrix::Host(HostMatrix::new(weight(shape)));
+        let host = FrozenMatrix::Host(HostMatrix::new(weight(shape), Products::F32));
         let tables = Nf4Tables::new(&Device::Cpu).unwrap();
         let device = FrozenMatrix::Device(DeviceMatrix::new(weight(shape), &Device::Cpu, &tables).unwrap());
         let hidden = Tensor::from_vec(weight([4, 16]).dense(), (4, 16), &Device::Cpu).unwrap();
@@ -160,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_target_beyond_the_vocabulary_is_an_error() {
-        let head = FrozenMatrix::Host(HostMatrix::new(weight([10, 4])));
+        let head = FrozenMatrix::Host(HostMatrix::new(weight([10, 4]), Products::F32));
         let hidden = Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
         let error = CrossEntropy::new(&head).sum(&hidden, &[10]).unwrap_err();
         assert!(error.to_string().contains("target 10"));

@@ -58,3 +58,11 @@ pub fn level() -> Level {
         Level::ALL.into_iter().rfind(usable).unwrap_or(Level::Portable)
     })
 }
+
+/// Whether the CPU multiplies pairs of bf16 and sums them in f32 in one instruction, and the level allows it.
+pub fn has_bf16_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return level() == Level::Avx512 && is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}

@@ -16,4 +16,4 @@ mod product;
 mod vector;
 
 pub use dot::{dot, dot_bf16, widen_bf16};
-pub use matrix::HostMatrix;
+pub use matrix::{HostMatrix, Products};

@@ -1,6 +1,7 @@
 //! Frozen matrices in the host's memory.
 
-use crate::dot::widen_bf16;
+use crate::dot::widen_all_bf16;
+use crate::level::has_bf16_products;
 use crate::{nf4, product, vector};
 use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
 use evalfw_engine::weights::{DenseData, Weight};
@@ -11,6 +12,16 @@ use half::{bf16, f16};
 pub struct HostMatrix {
     pub(crate) shape: [usize; 2],
     pub(crate) elements: Elements,
+    pub(crate) products: Products,
+}
+
+/// The type of the factors of a product with many rows. Sums are in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Products {
+    #[default]
+    F32,
+    /// Where the CPU has an instruction for it; else f32.
+    Bf16,
 }
 
 pub(crate) enum Elements {
@@ -21,18 +32,20 @@ pub(crate) enum Elements {
 }
 
 impl HostMatrix {
-    pub fn new(weight: Weight) -> Self {
-        match weight {
-            Weight::Nf4(tensor) => Self { shape: tensor.shape, elements: Elements::Nf4(tensor) },
+    pub fn new(weight: Weight, products: Products) -> Self {
+        let (shape, elements) = match weight {
+            Weight::Nf4(tensor) => (tensor.shape, Elements::Nf4(tensor)),
             Weight::Dense(tensor) => {
                 let elements = match tensor.data {
                     DenseData::F32(values) => Elements::F32(values),
                     DenseData::F16(values) => Elements::F16(values),
                     DenseData::Bf16(values) => Elements::Bf16(values),
                 };
-                Self { shape: tensor.shape, elements }
+                (tensor.shape, elements)
             }
-        }
+        };
+        let products = if has_bf16_products() { products } else { Products::F32 };
+        Self { shape, elements, products }
     }
 
     pub fn shape(&self) -> [usize; 2] {
@@ -68,9 +81,7 @@ impl HostMatrix {
         match &self.elements {
             Elements::F32(values) => out.copy_from_slice(&values[range]),
             Elements::F16(values) => values[range].convert_to_f32_slice(out),
-            Elements::Bf16(values) => {
-                out.iter_mut().zip(&values[range]).for_each(|(out, &value)| *out = widen_bf16(value));
-            }
+            Elements::Bf16(values) => widen_all_bf16(&values[range], out),
             Elements::Nf4(tensor) if start.is_multiple_of(BLOCK) => nf4::widen(tensor, start, out),
             Elements::Nf4(tensor) => {
                 // Cut out of the blocks it lies in.

@@ -18,8 +18,34 @@ pub fn widen(tensor: &Nf4Tensor, start: usize, out: &mut [f32]) {
 
 #[cfg(target_arch = "x86_64")]
 pub mod avx512 {
-    use evalfw_engine::nf4::{BLOCK, LEVELS, Nf4Tensor};
+    use evalfw_engine::nf4::{BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, Nf4Tensor, Scales};
     use std::arch::x86_64::*;
+
+    /// The scales of the blocks from `first` on, bit for bit those of [`Scales::absmax`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub fn absmax(scales: &Scales, first: usize, out: &mut [f32]) {
+        let map: &[f32; 256] = &DYNAMIC_MAP;
+        let codes = &scales.codes[first..first + out.len()];
+        let offset = _mm512_set1_ps(scales.offset);
+        for (i, (codes, out)) in codes.chunks(16).zip(out.chunks_mut(16)).enumerate() {
+            let block = first + 16 * i;
+            let here = u16::MAX >> (16 - out.len());
+            // Lanes that belong to the next nested block.
+            let beyond = (block % NESTED_BLOCK + 16).saturating_sub(NESTED_BLOCK);
+            let next = ((u32::from(u16::MAX) << (16 - beyond)) & 0xffff) as u16 & here;
+            let nested = |index: usize| _mm512_set1_ps(scales.absmax.get(index).copied().unwrap_or(0.0));
+            let index = block / NESTED_BLOCK;
+            let nested = _mm512_mask_blend_ps(next, nested(index), nested(index + 1));
+            // SAFETY: the mask leaves out what is beyond `codes` and `out`, and the map has an element for
+            // every code.
+            unsafe {
+                let codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, codes.as_ptr().cast()));
+                let values = _mm512_i32gather_ps::<4>(codes, map.as_ptr());
+                let absmax = _mm512_add_ps(_mm512_mul_ps(values, nested), offset);
+                _mm512_mask_storeu_ps(out.as_mut_ptr(), here, absmax);
+            }
+        }
+    }
 
     /// Whole blocks only.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -31,16 +57,23 @@ pub mod avx512 {
         let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
         // Of the two copies of a byte the first is shifted to its high nibble; the look-up sees four bits.
         let shifts = _mm512_set1_epi64(4);
-        let blocks = out.as_chunks_mut::<BLOCK>().0.iter_mut();
-        for (i, (block, codes)) in blocks.zip(codes.as_chunks::<{ BLOCK / 2 }>().0).enumerate() {
-            let absmax = _mm512_set1_ps(tensor.scales.absmax(first + i));
-            for (values, codes) in block.as_chunks_mut::<16>().0.iter_mut().zip(codes.as_chunks::<8>().0) {
-                let bytes = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(i64::from_le_bytes(*codes)));
-                let twice = _mm512_or_si512(bytes, _mm512_slli_epi64::<32>(bytes));
-                let indices = _mm512_srlv_epi32(twice, shifts);
-                let decoded = _mm512_mul_ps(_mm512_permutexvar_ps(indices, levels), absmax);
-                // SAFETY: `values` has 16 elements.
-                unsafe { _mm512_storeu_ps(values.as_mut_ptr(), decoded) };
+        let mut scales = [0.0; 16];
+        let runs = out.chunks_mut(16 * BLOCK).zip(codes.chunks(8 * BLOCK)).enumerate();
+        for (run, (out, codes)) in runs {
+            let scales = &mut scales[..out.len() / BLOCK];
+            absmax(&tensor.scales, first + 16 * run, scales);
+            let blocks = out.as_chunks_mut::<BLOCK>().0.iter_mut();
+            for ((block, codes), &scale) in blocks.zip(codes.as_chunks::<{ BLOCK / 2 }>().0).zip(&*scales) {
+                let scale = _mm512_set1_ps(scale);
+                for (values, codes) in block.as_chunks_mut::<16>().0.iter_mut().zip(codes.as_chunks::<8>().0)
+                {
+                    let bytes = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(i64::from_le_bytes(*codes)));
+                    let twice = _mm512_or_si512(bytes, _mm512_slli_epi64::<32>(bytes));
+                    let indices = _mm512_srlv_epi32(twice, shifts);
+                    let decoded = _mm512_mul_ps(_mm512_permutexvar_ps(indices, levels), scale);
+                    // SAFETY: `values` has 16 elements.
+                    unsafe { _mm512_storeu_ps(values.as_mut_ptr(), decoded) };
+                }
             }
         }
     }

@@ -57,6 +57,7 @@ fn add_dots<T>(out: &mut [f32], rows: &[T], x: &[f32], dot: fn(&[T], &[f32]) -> 
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
+    use crate::nf4::avx512::absmax;
     use evalfw_engine::nf4::{BLOCK, LEVELS, Nf4Tensor};
     use std::arch::x86_64::*;
 
@@ -88,9 +89,7 @@ mod avx512 {
         let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
         let mut scales = vec![0.0; blocks];
         for (row, out) in (first_row..).zip(out) {
-            for (i, scale) in scales.iter_mut().enumerate() {
-                *scale = tensor.scales.absmax(row * blocks + i);
-            }
+            absmax(&tensor.scales, row * blocks, &mut scales);
             let codes = &tensor.codes[row * width / 2..][..width / 2];
             let mut sum = _mm512_setzero_ps();
             let pairs = scales.as_chunks::<2>().0;
@@ -123,7 +122,7 @@ mod avx512 {
 
 #[cfg(test)]
 mod tests {
-    use crate::HostMatrix;
+    use crate::{HostMatrix, Products};
     use evalfw_engine::nf4::Nf4Tensor;
     use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
     use half::{bf16, f16};
@@ -140,7 +139,7 @@ mod tests {
                 dense(DenseData::F16(values.iter().map(|&v| f16::from_f32(v)).collect())),
                 dense(DenseData::F32(values.clone())),
             ] {
-                let matrix = HostMatrix::new(weight);
+                let matrix = HostMatrix::new(weight, Products::F32);
                 let rows = matrix.rows(&(0..shape[0] as u32).collect::<Vec<_>>());
                 let mut out = vec![1.0; shape[0]];
                 matrix.add_product(&x, &mut out);

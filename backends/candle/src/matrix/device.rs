@@ -191,6 +191,7 @@ fn upload(tensor: DenseTensor, device: &Device) -> Result<Tensor> {
 mod tests {
     use super::*;
     use crate::matrix::HostMatrix;
+    use evalfw_kernels::Products;
     use half::bf16;
 
     /// 255 is among the codes of the values and, as one block is larger, of the scales.
@@ -227,7 +228,7 @@ mod tests {
         let tables = Nf4Tables::new(&Device::Cpu).unwrap();
         for shape in [[70, 64], [65, 35], [300, 96]] {
             for weight in [Weight::Nf4(nf4(shape)), bf16_matrix(shape)] {
-                let host = HostMatrix::new(weight.clone());
+                let host = HostMatrix::new(weight.clone(), Products::F32);
                 let device = DeviceMatrix::new(weight, &Device::Cpu, &tables).unwrap();
                 for rows in [1, 3, 20] {
                     let x: Vec<f32> = (0..rows * shape[1]).map(|i| (i as f32 * 0.37).cos()).collect();

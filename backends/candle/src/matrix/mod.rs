@@ -12,6 +12,7 @@ pub use evalfw_kernels::HostMatrix;
 use crate::values::CpuValues;
 use candle_core::{Device, Result, Tensor, bail};
 use evalfw_engine::weights::Weight;
+use evalfw_kernels::Products;
 
 /// `[out_features, in_features]`, or `[vocab_size, hidden_size]`.
 pub enum FrozenMatrix {
@@ -20,10 +21,10 @@ pub enum FrozenMatrix {
 }
 
 impl FrozenMatrix {
-    /// Stores a weight where `device` computes.
-    pub fn new(weight: Weight, device: &Device, tables: &Nf4Tables) -> Result<Self> {
+    /// Stores a weight where `device` computes; `products` is for the CPU.
+    pub fn new(weight: Weight, device: &Device, products: Products, tables: &Nf4Tables) -> Result<Self> {
         match device {
-            Device::Cpu => Ok(Self::Host(HostMatrix::new(weight))),
+            Device::Cpu => Ok(Self::Host(HostMatrix::new(weight, products))),
             Device::Cuda(_) | Device::Metal(_) => {
                 Ok(Self::Device(DeviceMatrix::new(weight, device, tables)?))
             }

@@ -6,102 +6,85 @@
 //! weights a tile at a time, multiplies the tile by all panels ([`strip`]), and adds its sums to `out` at
 //! the end. No weight is widened twice, no two tasks write to one place, and there is one barrier.
 
+mod lane;
 mod pack;
 mod strip;
 
 use crate::level::{Level, level};
-use crate::matrix::HostMatrix;
+use crate::matrix::{HostMatrix, Products};
 use evalfw_engine::nf4::BLOCK;
+use lane::Lane;
 use rayon::prelude::*;
 use std::ops::Range;
 use strip::{Kernel, Portable};
 
-/// Depth of a tile.
+/// Depth of a tile, in lanes.
 const DEPTH: usize = 512;
 /// Columns of a tile at most; a multiple of [`BLOCK`].
 const COLUMNS: usize = 192;
-/// Distance of two columns in a tile that is widened along its depth. A power of two would put all of
-/// them into the same sets of the cache.
+/// Distance of two columns in a tile that lies along its depth. A power of two would put all of them into
+/// the same sets of the cache.
 const COLUMN_STRIDE: usize = DEPTH + 16;
 
 /// `out += x · Wᵀ` for row-major `x` `[rows, in_features]`.
 pub fn add_product(matrix: &HostMatrix, x: &[f32], out: &mut [f32]) {
-    let [out_features, in_features] = matrix.shape();
-    let widen = |columns: Range<usize>, depth: Range<usize>, tile: &mut [f32]| {
-        for (row, column) in columns.zip(tile.chunks_mut(COLUMN_STRIDE)) {
-            matrix.widen(row * in_features + depth.start, &mut column[..depth.len()]);
-        }
-    };
-    let shape = Shape { depth: in_features, columns: out_features, alignment: 1 };
-    run::<false>(shape, x, out, &widen);
+    run::<false>(matrix, x, out);
 }
 
 /// `out += y · W` for row-major `y` `[rows, out_features]`.
 pub fn add_transposed_product(matrix: &HostMatrix, y: &[f32], out: &mut [f32]) {
-    let [out_features, in_features] = matrix.shape();
-    let widen = |columns: Range<usize>, depth: Range<usize>, tile: &mut [f32]| {
-        for (row, tile_row) in depth.zip(tile.chunks_mut(COLUMNS)) {
-            matrix.widen(row * in_features + columns.start, &mut tile_row[..columns.len()]);
-        }
-    };
-    let shape = Shape { depth: out_features, columns: in_features, alignment: BLOCK };
-    run::<true>(shape, y, out, &widen);
+    run::<true>(matrix, y, out);
 }
 
-#[derive(Clone, Copy)]
-struct Shape {
-    depth: usize,
-    columns: usize,
-    /// Of the columns at which a task may begin.
-    alignment: usize,
-}
-
-/// Writes the weights of some columns and some depth into a tile.
-type Widen<'a> = dyn Fn(Range<usize>, Range<usize>, &mut [f32]) + Sync + 'a;
-
-fn run<const TRANSPOSED: bool>(shape: Shape, x: &[f32], out: &mut [f32], widen: &Widen<'_>) {
-    match level() {
+fn run<const TRANSPOSED: bool>(matrix: &HostMatrix, x: &[f32], out: &mut [f32]) {
+    match (level(), matrix.products) {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => run_on::<strip::Avx512, TRANSPOSED>(shape, x, out, widen),
+        (Level::Avx512, Products::Bf16) => run_on::<strip::Avx512Bf16, TRANSPOSED>(matrix, x, out),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => run_on::<strip::Avx2, TRANSPOSED>(shape, x, out, widen),
+        (Level::Avx512, Products::F32) => run_on::<strip::Avx512, TRANSPOSED>(matrix, x, out),
+        #[cfg(target_arch = "x86_64")]
+        (Level::Avx2, _) => run_on::<strip::Avx2, TRANSPOSED>(matrix, x, out),
         #[cfg(target_arch = "aarch64")]
-        Level::Neon => run_on::<strip::Neon, TRANSPOSED>(shape, x, out, widen),
-        _ => run_on::<Portable, TRANSPOSED>(shape, x, out, widen),
+        (Level::Neon, _) => run_on::<strip::Neon, TRANSPOSED>(matrix, x, out),
+        _ => run_on::<Portable, TRANSPOSED>(matrix, x, out),
     }
 }
 
-fn run_on<K: Kernel, const TRANSPOSED: bool>(shape: Shape, x: &[f32], out: &mut [f32], widen: &Widen<'_>) {
-    let rows = x.len() / shape.depth;
-    assert_eq!((x.len(), out.len()), (rows * shape.depth, rows * shape.columns));
+fn run_on<K: Kernel, const TRANSPOSED: bool>(matrix: &HostMatrix, x: &[f32], out: &mut [f32]) {
+    let [out_features, in_features] = matrix.shape();
+    let (depth, width) = if TRANSPOSED { (out_features, in_features) } else { (in_features, out_features) };
+    let rows = x.len() / depth;
+    assert_eq!((x.len(), out.len()), (rows * depth, rows * width));
     if out.is_empty() {
         return;
     }
-    let packed = pack::panels(x, shape.depth, K::LANES);
+    let packed: Vec<K::Lane> = pack::panels(x, depth, K::LANES);
     let panels = rows.div_ceil(K::LANES);
-    let step = columns_of_a_task(shape, K::COLUMNS);
-    let destination = Destination { start: out.as_mut_ptr(), rows, width: shape.columns };
-    (0..shape.columns.div_ceil(step)).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
-        let columns = task * step..shape.columns.min((task + 1) * step);
-        let (tile, sums) = scratch.get(step * panels * K::LANES);
-        for depth in (0..shape.depth).step_by(DEPTH) {
-            let depth = depth..shape.depth.min(depth + DEPTH);
-            widen(columns.clone(), depth.clone(), tile);
-            for (panel, sums) in sums.chunks_exact_mut(step * K::LANES).enumerate() {
-                let panel =
-                    &packed[(panel * shape.depth + depth.start) * K::LANES..][..depth.len() * K::LANES];
-                multiply_tile::<K, TRANSPOSED>(panel, tile, columns.len(), sums);
+    let panel_size = depth.div_ceil(K::Lane::DEPTHS) * K::LANES;
+    let step = columns_of_a_task(width, if TRANSPOSED { BLOCK } else { K::COLUMNS });
+    let destination = Destination { start: out.as_mut_ptr(), rows, width };
+    (0..width.div_ceil(step)).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
+        let columns = task * step..width.min((task + 1) * step);
+        scratch.clear(step * panels * K::LANES);
+        for first in (0..depth).step_by(DEPTH * K::Lane::DEPTHS) {
+            let depth = first..depth.min(first + DEPTH * K::Lane::DEPTHS);
+            let lanes = depth.len().div_ceil(K::Lane::DEPTHS) * K::LANES;
+            let start = first / K::Lane::DEPTHS * K::LANES;
+            scratch.widen::<TRANSPOSED>(matrix, columns.clone(), depth);
+            for (panel, sums) in scratch.sums.chunks_exact_mut(step * K::LANES).enumerate() {
+                let panel = &packed[panel * panel_size + start..][..lanes];
+                multiply_tile::<K, TRANSPOSED>(panel, &scratch.tile, columns.len(), sums);
             }
         }
         // SAFETY: no other task has these columns, and `out` outlives all tasks.
-        unsafe { destination.add(columns, sums, K::LANES, step) };
+        unsafe { destination.add(columns, &scratch.sums, K::LANES, step) };
     });
 }
 
 /// All strips of one panel with one tile. `sums` is `[columns, lanes]`.
 fn multiply_tile<K: Kernel, const TRANSPOSED: bool>(
-    panel: &[f32],
-    tile: &[f32],
+    panel: &[K::Lane],
+    tile: &[K::Lane],
     columns: usize,
     sums: &mut [f32],
 ) {
@@ -114,26 +97,56 @@ fn multiply_tile<K: Kernel, const TRANSPOSED: bool>(
 }
 
 /// So many that every thread gets several tasks, and that the tile stays in the cache.
-fn columns_of_a_task(shape: Shape, strip: usize) -> usize {
+fn columns_of_a_task(width: usize, unit: usize) -> usize {
     let tasks = 4 * rayon::current_num_threads();
-    let unit = if shape.alignment > 1 { shape.alignment } else { strip };
-    shape.columns.div_ceil(tasks).next_multiple_of(unit).min(COLUMNS / unit * unit)
+    width.div_ceil(tasks).next_multiple_of(unit).min(COLUMNS / unit * unit)
 }
 
 /// Memory that a thread keeps from one task to the next.
 #[derive(Default)]
-struct Scratch {
-    tile: Vec<f32>,
+struct Scratch<L> {
+    tile: Vec<L>,
     sums: Vec<f32>,
+    /// Weights of two depths, or of one column.
+    wide: [Vec<f32>; 2],
 }
 
-impl Scratch {
-    /// A tile, and sums that are zero.
-    fn get(&mut self, sums: usize) -> (&mut [f32], &mut [f32]) {
-        self.tile.resize(COLUMNS * COLUMN_STRIDE, 0.0);
+impl<L: Lane> Scratch<L> {
+    fn clear(&mut self, sums: usize) {
         self.sums.clear();
         self.sums.resize(sums, 0.0);
-        (&mut self.tile, &mut self.sums)
+    }
+
+    /// Fills the tile: along the depth for each column, or transposed along the columns for each depth.
+    fn widen<const TRANSPOSED: bool>(
+        &mut self,
+        matrix: &HostMatrix,
+        columns: Range<usize>,
+        depth: Range<usize>,
+    ) {
+        self.tile.resize(COLUMNS * COLUMN_STRIDE, L::default());
+        let in_features = matrix.shape()[1];
+        let [first, second] = &mut self.wide;
+        if TRANSPOSED {
+            let widen = |row: usize, wide: &mut Vec<f32>| {
+                wide.resize(columns.len(), 0.0);
+                matrix.widen(row * in_features + columns.start, wide);
+            };
+            for (row, lanes) in depth.clone().step_by(L::DEPTHS).zip(self.tile.chunks_mut(COLUMNS)) {
+                widen(row, first);
+                let has_second = L::DEPTHS == 2 && row + 1 < depth.end;
+                if has_second {
+                    widen(row + 1, second);
+                }
+                L::join(first, has_second.then_some(second), &mut lanes[..columns.len()]);
+            }
+        } else {
+            first.resize(depth.len(), 0.0);
+            for (row, lanes) in columns.zip(self.tile.chunks_mut(COLUMN_STRIDE)) {
+                matrix.widen(row * in_features + depth.start, first);
+                L::join_along(first, &mut lanes[..depth.len().div_ceil(L::DEPTHS)]);
+            }
+        }
     }
 }
 
@@ -172,6 +185,7 @@ impl Destination {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::level::has_bf16_products;
     use evalfw_engine::nf4::Nf4Tensor;
     use evalfw_engine::weights::Weight;
     use proptest::prelude::*;
@@ -194,55 +208,52 @@ mod tests {
         (0..rows * columns).map(|at| sum(at / columns, at % columns)).collect()
     }
 
-    fn assert_close(got: &[f32], expected: &[f64]) {
+    fn assert_close(got: &[f32], expected: &[f64], tolerance: f64) {
         assert_eq!(got.len(), expected.len());
         for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
             // Every sum began with 1.
             let difference = (f64::from(*got) - 1.0 - expected).abs();
-            assert!(difference < 1e-4 * (1.0 + expected.abs()), "{i}: {got} {expected}");
+            assert!(difference <= tolerance, "{i}: {got} {expected}");
         }
     }
 
-    fn check<K: Kernel>(shape: [usize; 2], rows: usize) {
+    fn check<K: Kernel>(shape: [usize; 2], rows: usize, tolerance: f64) {
         let [out_features, in_features] = shape;
-        let matrix =
-            HostMatrix::new(Weight::Nf4(Nf4Tensor::quantize(shape, &values(shape[0] * shape[1], 0.9))));
+        let tensor = Nf4Tensor::quantize(shape, &values(shape[0] * shape[1], 0.9));
+        let matrix = HostMatrix::new(Weight::Nf4(tensor), Products::F32);
         let mut weights = vec![0.0; out_features * in_features];
         matrix.widen(0, &mut weights);
         let x = values(rows * in_features, 0.37);
         let mut out = vec![1.0; rows * out_features];
-        let widen = |columns: Range<usize>, depth: Range<usize>, tile: &mut [f32]| {
-            for (row, column) in columns.zip(tile.chunks_mut(COLUMN_STRIDE)) {
-                matrix.widen(row * in_features + depth.start, &mut column[..depth.len()]);
-            }
-        };
-        let forward = Shape { depth: in_features, columns: out_features, alignment: 1 };
-        run_on::<K, false>(forward, &x, &mut out, &widen);
-        assert_close(&out, &exact(rows, in_features, out_features, &x, |d, c| weights[c * in_features + d]));
+        run_on::<K, false>(&matrix, &x, &mut out);
+        let expected = exact(rows, in_features, out_features, &x, |d, c| weights[c * in_features + d]);
+        assert_close(&out, &expected, tolerance * (in_features as f64).sqrt());
 
         let y = values(rows * out_features, 0.53);
         let mut out = vec![1.0; rows * in_features];
-        let widen = |columns: Range<usize>, depth: Range<usize>, tile: &mut [f32]| {
-            for (row, tile_row) in depth.zip(tile.chunks_mut(COLUMNS)) {
-                matrix.widen(row * in_features + columns.start, &mut tile_row[..columns.len()]);
-            }
-        };
-        let backward = Shape { depth: out_features, columns: in_features, alignment: BLOCK };
-        run_on::<K, true>(backward, &y, &mut out, &widen);
-        assert_close(&out, &exact(rows, out_features, in_features, &y, |d, c| weights[d * in_features + c]));
+        run_on::<K, true>(&matrix, &y, &mut out);
+        let expected = exact(rows, out_features, in_features, &y, |d, c| weights[d * in_features + c]);
+        assert_close(&out, &expected, tolerance * (out_features as f64).sqrt());
     }
 
+    /// For each product, on average; all factors are below 1, and a product of bf16 is off by 2⁻⁸ at most.
+    const F32: f64 = 1e-5;
+    const BF16: f64 = 1.0 / 128.0;
+
     fn check_all(shape: [usize; 2], rows: usize) {
-        check::<Portable>(shape, rows);
+        check::<Portable>(shape, rows, F32);
         #[cfg(target_arch = "aarch64")]
-        check::<strip::Neon>(shape, rows);
+        check::<strip::Neon>(shape, rows, F32);
         #[cfg(target_arch = "x86_64")]
         {
             if Level::Avx2.is_there() {
-                check::<strip::Avx2>(shape, rows);
+                check::<strip::Avx2>(shape, rows, F32);
             }
             if Level::Avx512.is_there() {
-                check::<strip::Avx512>(shape, rows);
+                check::<strip::Avx512>(shape, rows, F32);
+            }
+            if has_bf16_products() {
+                check::<strip::Avx512Bf16>(shape, rows, BF16);
             }
         }
     }

@@ -1,0 +1,136 @@
+//! What a lane of a panel or a tile holds.
+
+/// One f32, or the bf16 of two neighbouring depths.
+pub trait Lane: Copy + Default + Send + Sync + 'static {
+    /// Depths in a lane.
+    const DEPTHS: usize;
+
+    /// Joins values that lie along the depth. What is missing in the last lane is zero.
+    fn join_along(values: &[f32], lanes: &mut [Self]);
+
+    /// Joins the values of neighbouring depths; `second` may be missing, and is zero then.
+    fn join(first: &[f32], second: Option<&[f32]>, lanes: &mut [Self]);
+}
+
+impl Lane for f32 {
+    const DEPTHS: usize = 1;
+
+    fn join_along(values: &[f32], lanes: &mut [Self]) {
+        lanes.copy_from_slice(values);
+    }
+
+    fn join(first: &[f32], _: Option<&[f32]>, lanes: &mut [Self]) {
+        lanes.copy_from_slice(first);
+    }
+}
+
+/// Two bf16, the first in the low half.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Pair(u32);
+
+#[cfg(target_arch = "x86_64")]
+impl Pair {
+    fn new(first: f32, second: f32) -> Self {
+        let half = |value| u32::from(half::bf16::from_f32(value).to_bits());
+        Self(half(first) | half(second) << 16)
+    }
+
+    pub fn bits(self) -> i32 {
+        self.0 as i32
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Lane for Pair {
+    const DEPTHS: usize = 2;
+
+    fn join_along(values: &[f32], lanes: &mut [Self]) {
+        assert_eq!(lanes.len(), values.len().div_ceil(2));
+        let whole = values.len() / 32 * 32;
+        // SAFETY: pairs are used only where the CPU has the instructions.
+        unsafe { avx512::join_along(&values[..whole], &mut lanes[..whole / 2]) };
+        for (lane, pair) in lanes[whole / 2..].iter_mut().zip(values[whole..].chunks(2)) {
+            *lane = Self::new(pair[0], pair.get(1).copied().unwrap_or(0.0));
+        }
+    }
+
+    fn join(first: &[f32], second: Option<&[f32]>, lanes: &mut [Self]) {
+        assert_eq!(lanes.len(), first.len());
+        let whole = match second {
+            Some(second) => {
+                let whole = first.len() / 16 * 16;
+                // SAFETY: as above.
+                unsafe { avx512::join(&first[..whole], &second[..whole], &mut lanes[..whole]) };
+                whole
+            }
+            None => 0,
+        };
+        for i in whole..first.len() {
+            lanes[i] = Self::new(first[i], second.map_or(0.0, |second| second[i]));
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::Pair;
+    use std::arch::x86_64::*;
+
+    /// Multiples of 32 values.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub fn join_along(values: &[f32], lanes: &mut [Pair]) {
+        for (values, lanes) in values.as_chunks::<32>().0.iter().zip(lanes.as_chunks_mut::<16>().0) {
+            // SAFETY: 32 values are read and 16 lanes written; the types have the same bits.
+            unsafe {
+                let [low, high] = [0, 16].map(|i| _mm512_loadu_ps(values.as_ptr().add(i)));
+                let pairs: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+                _mm512_storeu_si512(lanes.as_mut_ptr().cast(), pairs);
+            }
+        }
+    }
+
+    /// Multiples of 16 values.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub fn join(first: &[f32], second: &[f32], lanes: &mut [Pair]) {
+        let rows = first.as_chunks::<16>().0.iter().zip(second.as_chunks::<16>().0);
+        for ((first, second), lanes) in rows.zip(lanes.as_chunks_mut::<16>().0) {
+            // SAFETY: 16 of each are read and written; the types have the same bits.
+            unsafe {
+                let half = |values: &[f32; 16]| -> __m512i {
+                    let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(values.as_ptr()));
+                    _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(rounded))
+                };
+                let pairs = _mm512_or_si512(half(first), _mm512_slli_epi32::<16>(half(second)));
+                _mm512_storeu_si512(lanes.as_mut_ptr().cast(), pairs);
+            }
+        }
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+    use crate::level::has_bf16_products;
+
+    #[test]
+    fn pairs_round_to_the_nearest_bf16() {
+        if !has_bf16_products() {
+            return eprintln!("left out: this CPU has no bf16 products");
+        }
+        let values: Vec<f32> = (0..71).map(|i| (i as f32 * 0.77).sin() * 1e3).collect();
+        let others: Vec<f32> = values.iter().map(|v| v * 0.37 - 1.0).collect();
+        let mut along = vec![Pair::default(); 36];
+        Pair::join_along(&values, &mut along);
+        for (i, pair) in along.iter().enumerate() {
+            let second = values.get(2 * i + 1).copied().unwrap_or(0.0);
+            assert_eq!(*pair, Pair::new(values[2 * i], second));
+        }
+        let mut joined = vec![Pair::default(); 71];
+        Pair::join(&values, Some(&others), &mut joined);
+        assert!((0..71).all(|i| joined[i] == Pair::new(values[i], others[i])));
+        Pair::join(&values, None, &mut joined);
+        assert!((0..71).all(|i| joined[i] == Pair::new(values[i], 0.0)));
+    }
+}
