@@ -54,6 +54,10 @@ pub struct TrainScenario {
     /// 0: no clipping.
     pub max_grad_norm: f64,
     pub gradient_checkpointing: bool,
+    /// Memory, in GB of 10^9 bytes, for activations that checkpointing may keep, so that an engine
+    /// computes only the rest again.
+    #[serde(default)]
+    pub kept_activations_gb: f64,
     pub lora_r: usize,
     pub lora_alpha: f64,
     pub lora_dropout: f32,
@@ -203,6 +207,7 @@ impl TrainScenario {
             ("learning_rate", self.learning_rate),
             ("weight_decay", self.weight_decay),
             ("max_grad_norm", self.max_grad_norm),
+            ("kept_activations_gb", self.kept_activations_gb),
         ] {
             if !(value.is_finite() && value >= 0.0) {
                 bail!("{key} must be a number of at least 0");
@@ -239,6 +244,7 @@ impl TrainScenario {
             weight_decay: self.weight_decay,
             max_grad_norm: (self.max_grad_norm > 0.0).then_some(self.max_grad_norm),
             gradient_checkpointing: self.gradient_checkpointing,
+            kept_activation_bytes: (self.kept_activations_gb * 1e9) as u64,
             ..TrainingConfig::default()
         }
     }

@@ -125,6 +125,7 @@ impl CurveSettings {
             weight_decay: self.weight_decay,
             max_grad_norm: self.max_grad_norm,
             gradient_checkpointing: true,
+            ..TrainingConfig::default()
         }
     }
 }

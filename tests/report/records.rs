@@ -245,6 +245,7 @@ pub fn train(sequence_length: usize) -> Scenario {
         weight_decay: 0.01,
         max_grad_norm: 0.0,
         gradient_checkpointing: true,
+        kept_activations_gb: 0.0,
         lora_r: 16,
         lora_alpha: 32.0,
         lora_dropout: 0.1,

@@ -2,7 +2,7 @@
 
 use crate::linear::Linear;
 use crate::network::Pass;
-use crate::ops::{attention, rms_norm, rope, swiglu};
+use crate::ops::{add, attention, rms_norm, rope, swiglu};
 use candle_core::{Result, Tensor};
 use candle_nn::kv_cache::Cache;
 use evalfw_engine::lora::Target;
@@ -59,12 +59,12 @@ impl Block {
         };
         let attended = attention(&q, &k, &v)?;
         let attended = attended.reshape((pass.rows(), config.num_attention_heads * config.head_dim))?;
-        let x = (x + self.project(Target::O, &attended, pass)?)?;
+        let x = add(x, &self.project(Target::O, &attended, pass)?)?;
 
         let normed = rms_norm(&x, &self.post_attention_norm, config.rms_norm_eps)?;
         let gate = self.project(Target::Gate, &normed, pass)?;
         let up = self.project(Target::Up, &normed, pass)?;
-        x + self.project(Target::Down, &swiglu(&gate, &up)?, pass)?
+        add(&x, &self.project(Target::Down, &swiglu(&gate, &up)?, pass)?)
     }
 
     fn project(&self, target: Target, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {

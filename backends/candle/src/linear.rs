@@ -3,7 +3,7 @@
 use crate::kernels::PIECE;
 use crate::kernels::product::{Threads, View, ViewMut, add_product};
 use crate::matrix::FrozenMatrix;
-use crate::network::Pass;
+use crate::network::{Kept, Pass};
 use crate::values::{CpuValues, stored};
 use candle_core::backend::BackendStorage;
 use candle_core::{
@@ -40,6 +40,22 @@ impl Linear {
 
     /// `x Wᵀ + b + scale · (mask ⊙ x) Aᵀ Bᵀ` for `x` `[rows, in_features]`.
     pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        let result = self.project(x, pass)?;
+        if let Kept::Keep(kept) = pass.kept
+            && self.is_needed_again()
+        {
+            kept.borrow_mut().insert(self.target, result.detach());
+        }
+        Ok(result)
+    }
+
+    /// Whether a block's backward needs the result: that of the last projection is only added to the
+    /// residual.
+    fn is_needed_again(&self) -> bool {
+        self.target != Target::Down
+    }
+
+    fn project(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let Some(lora) = &self.lora else { return x.apply_op1(FrozenOp(self.frozen.clone())) };
         // Detached factors leave no graph behind.
         let (a, b) = match pass.trace {
@@ -52,6 +68,13 @@ impl Linear {
             mask: pass
                 .dropout
                 .map(|dropout| Mask { key: dropout.key(self.layer, self.target), rate: dropout.rate }),
+            known: match pass.kept {
+                Kept::Again(kept) if self.is_needed_again() => {
+                    kept.borrow_mut().remove(&self.target).map(Known::Result)
+                }
+                Kept::Again(_) => Some(Known::NotNeeded),
+                Kept::No | Kept::Keep(_) => None,
+            },
         };
         match x.device() {
             Device::Cpu => x.apply_op3(&a, &b, op),
@@ -154,6 +177,14 @@ struct LoraOp {
     frozen: Arc<Frozen>,
     scale: f64,
     mask: Option<Mask>,
+    /// On the CPU, where the operation has been computed before with the same inputs.
+    known: Option<Known>,
+}
+
+enum Known {
+    Result(Tensor),
+    /// Only the gradients are wanted.
+    NotNeeded,
 }
 
 struct Mask {
@@ -219,6 +250,14 @@ impl CustomOp3 for LoraOp {
     ) -> Result<(CpuStorage, Shape)> {
         let (rows, in_features) = x_layout.shape().dims2()?;
         let (out_features, r) = b_layout.shape().dims2()?;
+        let known = match &self.known {
+            Some(Known::Result(result)) => Some(CpuValues::new(result)?.slice()?.to_vec()),
+            Some(Known::NotNeeded) => Some(vec![0.0; rows * out_features]),
+            None => None,
+        };
+        if let Some(known) = known {
+            return Ok((CpuStorage::F32(known), Shape::from((rows, out_features))));
+        }
         let (x, a, b) = (stored(x, x_layout)?, stored(a, a_layout)?, stored(b, b_layout)?);
         let mut out = self.frozen.forward(x)?;
         let masked = self.masked(x);
@@ -290,6 +329,7 @@ mod tests {
                 frozen: Arc::new(Frozen { matrix, bias: bias.clone() }),
                 scale: 2.0,
                 mask: rate.map(|rate| Mask { key, rate }),
+                known: None,
             };
             let fused = || {
                 let host = HostMatrix::new(weight.clone(), Products::F32);

@@ -1,15 +1,15 @@
 //! Softmax cross-entropy over a large vocabulary: a few rows at a time, with the gradient written down
 //! by hand. The logits of all positions never exist at once, and autograd keeps none of them.
 
-use crate::kernels::softmax::exponentials;
 use crate::matrix::{DeviceMatrix, FrozenMatrix, HostMatrix};
 use crate::values::CpuValues;
 use candle_core::{D, Device, Result, Tensor, bail};
+use evalfw_kernels::elementwise::exponentials;
 use rayon::prelude::*;
 
-/// Bytes of the logits that exist at a time: 220 rows of Qwen's vocabulary. Fewer rows would save memory,
-/// but the head is widened and packed again for each chunk.
-const LOGIT_BYTES: usize = 128 << 20;
+/// Bytes of the logits that exist at a time: 110 rows of Qwen's vocabulary. Fewer rows would save memory,
+/// but the head is read and widened again for each chunk.
+const LOGIT_BYTES: usize = 64 << 20;
 
 pub struct CrossEntropy<'a> {
     /// `[vocab_size, hidden_size]`

@@ -9,6 +9,8 @@ use candle_core::{Device, Result, Tensor};
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::dropout::MaskKey;
 use evalfw_engine::lora::Target;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub struct Network {
@@ -33,7 +35,23 @@ pub struct Pass<'a> {
     /// Whether the adapter's factors take part in autograd.
     pub trace: bool,
     pub dropout: Option<Dropout>,
+    pub kept: Kept<'a>,
 }
+
+/// What becomes of the results of a block's projections.
+#[derive(Clone, Copy)]
+pub enum Kept<'a> {
+    /// They are computed and used.
+    No,
+    /// They are computed, and kept for when the block is computed again.
+    Keep(&'a RefCell<Projected>),
+    /// The block is computed again for its backward: what was kept is used, and what nothing but the
+    /// block's own result needs is left out.
+    Again(&'a RefCell<Projected>),
+}
+
+/// The kept results of one block's projections.
+pub type Projected = BTreeMap<Target, Tensor>;
 
 /// Which dropout masks a training pass uses.
 #[derive(Debug, Clone, Copy)]
@@ -60,6 +78,14 @@ impl Pass<'_> {
     pub fn traced(&self, trace: bool) -> Self {
         Self { config: self.config, rope: self.rope.clone(), trace, ..*self }
     }
+
+    /// The same pass over a block whose results are `kept`.
+    pub fn keeping<'k>(&self, kept: Kept<'k>) -> Pass<'k>
+    where
+        Self: 'k,
+    {
+        Pass { config: self.config, rope: self.rope.clone(), kept, ..*self }
+    }
 }
 
 impl Network {
@@ -67,7 +93,7 @@ impl Network {
     pub fn pass(&self, examples: usize, slots: usize, start: usize) -> Result<Pass<'_>> {
         let config = &self.config;
         let rope = RopeTables::new(config.rope_theta, config.head_dim, start, slots, &self.device)?;
-        Ok(Pass { config, examples, slots, rope, trace: false, dropout: None })
+        Ok(Pass { config, examples, slots, rope, trace: false, dropout: None, kept: Kept::No })
     }
 
     /// The hidden states `[tokens, hidden_size]` after the last block. With `caches`, one for each

@@ -2,14 +2,17 @@
 
 use crate::linear::Lora;
 use crate::loss::CrossEntropy;
-use crate::network::{Dropout, Network, Pass};
+use crate::network::{Dropout, Kept, Network, Pass};
+use crate::ops::with_gradient;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use evalfw_engine::batch::Batch;
+use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::{LoraConfig, Target};
 use evalfw_engine::protocol::TrainingConfig;
 use evalfw_engine::{StepInput, StepResult};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 
@@ -49,6 +52,7 @@ impl Trainer {
     pub fn gradients(&self, network: &Network, input: &StepInput<'_>) -> Result<(StepResult, Gradients)> {
         let mut gradients = Gradients::zeros(network)?;
         let trained_tokens = input.trained_tokens() as f64;
+        let kept_bytes = self.config.kept_activation_bytes;
         let mut loss = 0.0;
         for (micro_batch, batch) in input.micro_batches.iter().enumerate() {
             let mut pass = network.pass(batch.examples(), batch.sequence_length(), 0)?;
@@ -58,7 +62,7 @@ impl Trainer {
                 step: input.step,
                 micro_batch,
             });
-            let step = MicroBatch { network, pass, batch, weight: 1.0 / trained_tokens };
+            let step = MicroBatch { network, pass, batch, weight: 1.0 / trained_tokens, kept_bytes };
             loss += match self.config.gradient_checkpointing {
                 true => step.checkpointed(&mut gradients)?,
                 false => step.whole_graph(&mut gradients)?,
@@ -85,20 +89,32 @@ struct MicroBatch<'a> {
     batch: &'a Batch,
     /// Factor of the summed loss.
     weight: f64,
+    /// Memory for the results of projections.
+    kept_bytes: u64,
 }
 
 impl MicroBatch<'_> {
-    /// Keeps only the input of each block and computes the block again when its gradient is due.
-    /// Returns the summed loss.
+    /// Keeps the input of each block, and the results of projections as far as the memory allows, and
+    /// computes the rest of a block again when its gradient is due. Returns the summed loss.
     fn checkpointed(&self, gradients: &mut Gradients) -> Result<f64> {
         let network = self.network;
         let untraced = self.pass.traced(false);
         let traced = self.pass.traced(true);
         let mut inputs = Vec::with_capacity(network.blocks.len());
         let mut x = network.embedding.rows(&self.batch.flat_ids())?;
+        let mut budget = self.kept_bytes;
         for block in &network.blocks {
-            let out = block.forward(&x, &untraced, None)?;
-            inputs.push(x);
+            let kept = RefCell::default();
+            let bytes = kept_bytes_of_a_block(&network.config, self.pass.rows());
+            let pass = match network.device.is_cpu() && bytes <= budget {
+                true => {
+                    budget -= bytes;
+                    untraced.keeping(Kept::Keep(&kept))
+                }
+                false => untraced.keeping(Kept::No),
+            };
+            let out = block.forward(&x, &pass, None)?;
+            inputs.push((x, kept));
             x = out;
         }
 
@@ -107,10 +123,10 @@ impl MicroBatch<'_> {
         let Some((loss, surrogate)) = self.loss(&last)? else { return Ok(0.0) };
         let mut of_output = take(&mut surrogate.backward()?, &last, "the hidden states")?;
         drop(surrogate);
-        for (block, input) in network.blocks.iter().zip(inputs).rev() {
+        for (block, (input, kept)) in network.blocks.iter().zip(inputs).rev() {
             let input = Var::from_tensor(&input)?;
-            let out = block.forward(&input, &traced, None)?;
-            let mut store = (out * of_output)?.sum_all()?.backward()?;
+            let out = block.forward(&input, &traced.keeping(Kept::Again(&kept)), None)?;
+            let mut store = with_gradient(&out, of_output)?.backward()?;
             of_output = take(&mut store, &input, "the input of a block")?;
             for projection in &block.projections {
                 let Some(lora) = &projection.lora else { continue };
@@ -147,8 +163,15 @@ impl MicroBatch<'_> {
         let hidden = self.network.norm(&last_hidden.index_select(&rows, 0)?)?;
         let cross_entropy = CrossEntropy::new(&self.network.head);
         let (loss, of_hidden) = cross_entropy.sum_and_gradient(&hidden.detach(), &tokens, self.weight)?;
-        Ok(Some((loss, (hidden * of_hidden)?.sum_all()?)))
+        Ok(Some((loss, with_gradient(&hidden, of_hidden)?)))
     }
+}
+
+/// Memory for what a block's backward needs of its projections.
+fn kept_bytes_of_a_block(config: &ModelConfig, rows: usize) -> u64 {
+    let needed = Target::ALL.iter().filter(|&&target| target != Target::Down);
+    let width: usize = needed.map(|&target| config.projection_shape(target)[0]).sum();
+    (rows * width * size_of::<f32>()) as u64
 }
 
 /// A gradient that has to be there: candle leaves one out, without an error, where an operation has no

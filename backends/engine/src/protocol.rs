@@ -173,6 +173,10 @@ pub struct TrainingConfig {
     pub max_grad_norm: Option<f64>,
     /// Keep only each block's input and compute the block again in the backward pass.
     pub gradient_checkpointing: bool,
+    /// With gradient checkpointing, memory for activations that an engine may keep instead of computing
+    /// them again. An engine that cannot keeps none.
+    #[serde(default)]
+    pub kept_activation_bytes: u64,
 }
 
 impl Default for TrainingConfig {
@@ -185,6 +189,7 @@ impl Default for TrainingConfig {
             weight_decay: 0.01,
             max_grad_norm: None,
             gradient_checkpointing: true,
+            kept_activation_bytes: 0,
         }
     }
 }

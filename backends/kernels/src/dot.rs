@@ -1,31 +1,11 @@
 //! Dot products with several partial sums, so that the compiler can use vector registers, in two
 //! versions: for every CPU, and for those with AVX2, which is looked up at run time.
 
+use crate::level::for_this_cpu;
 use half::bf16;
 
 /// Partial sums: four AVX registers.
 const LANES: usize = 32;
-
-/// Defines a function twice, the second time compiled for AVX2 and FMA, and calls the better one.
-macro_rules! for_this_cpu {
-    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $type:ty),*) -> $out:ty = $body:ident) => {
-        $(#[$doc])*
-        pub fn $name($($arg: $type),*) -> $out {
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx2,fma")]
-                fn vectorised($($arg: $type),*) -> $out {
-                    $body($($arg),*)
-                }
-                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                    // SAFETY: the CPU has just been found to have both features.
-                    return unsafe { vectorised($($arg),*) };
-                }
-            }
-            $body($($arg),*)
-        }
-    };
-}
 
 for_this_cpu! {
     /// Σ aᵢ bᵢ

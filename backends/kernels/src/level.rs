@@ -66,3 +66,26 @@ pub fn has_bf16_products() -> bool {
     #[cfg(not(target_arch = "x86_64"))]
     false
 }
+
+/// Defines a function twice, the second time compiled for AVX2 and FMA, and calls the better one that the
+/// level allows.
+macro_rules! for_this_cpu {
+    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $type:ty),*) -> $out:ty = $body:ident) => {
+        $(#[$doc])*
+        pub fn $name($($arg: $type),*) -> $out {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma")]
+                fn vectorised($($arg: $type),*) -> $out {
+                    $body($($arg),*)
+                }
+                if $crate::level::level() >= $crate::level::Level::Avx2 {
+                    // SAFETY: the CPU has the instructions of the level.
+                    return unsafe { vectorised($($arg),*) };
+                }
+            }
+            $body($($arg),*)
+        }
+    };
+}
+pub(crate) use for_this_cpu;

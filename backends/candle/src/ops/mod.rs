@@ -9,11 +9,13 @@
 mod attention;
 mod rms_norm;
 mod rope;
+mod sum;
 mod swiglu;
 
 pub use attention::attention;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeTables, rope};
+pub use sum::{add, with_gradient};
 pub use swiglu::swiglu;
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use crate::kernels::PIECE;
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
+use evalfw_kernels::elementwise::{self, Gradients};
 use rayon::prelude::*;
 
 /// `silu(gate) · up`
@@ -19,10 +20,6 @@ fn composed(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 
 struct SwiGlu;
 
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
-}
-
 impl CustomOp2 for SwiGlu {
     fn name(&self) -> &'static str {
         "swiglu"
@@ -37,13 +34,10 @@ impl CustomOp2 for SwiGlu {
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (stored(gate, gate_layout)?, stored(up, up_layout)?);
         let mut out = vec![0.0; gate.len()];
-        out.par_chunks_mut(PIECE).zip(gate.par_chunks(PIECE)).zip(up.par_chunks(PIECE)).for_each(
-            |((out, gate), up)| {
-                for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
-                    *out = gate * sigmoid(gate) * up;
-                }
-            },
-        );
+        out.par_chunks_mut(PIECE)
+            .zip(gate.par_chunks(PIECE))
+            .zip(up.par_chunks(PIECE))
+            .for_each(|((out, gate), up)| elementwise::swiglu(gate, up, out));
         Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
     }
 
@@ -62,11 +56,7 @@ impl CustomOp2 for SwiGlu {
         let outputs = of_gate.par_chunks_mut(PIECE).zip(of_up.par_chunks_mut(PIECE));
         let inputs = gate.par_chunks(PIECE).zip(up.par_chunks(PIECE)).zip(grad.par_chunks(PIECE));
         outputs.zip(inputs).for_each(|((of_gate, of_up), ((gate, up), grad))| {
-            for i in 0..gate.len() {
-                let sigmoid = sigmoid(gate[i]);
-                of_gate[i] = grad[i] * up[i] * sigmoid * (1.0 + gate[i] * (1.0 - sigmoid));
-                of_up[i] = grad[i] * gate[i] * sigmoid;
-            }
+            elementwise::swiglu_gradients(gate, up, grad, Gradients { of_gate, of_up });
         });
         let tensor = |values| Tensor::from_vec(values, shape, &Device::Cpu).map(Some);
         Ok((tensor(of_gate)?, tensor(of_up)?))
