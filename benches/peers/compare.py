@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -40,14 +39,12 @@ class Comparison:
             "started_at": started.isoformat(timespec="seconds"),
             "settings": asdict(settings),
             "machine": machine.describe(),
-            "load_average": 0.0,
             "limits": [],
         }
         self.folder = out / f"{started:%Y%m%d-%H%M%S}-{settings.model}-s{settings.sequence}"
         self.folder.mkdir(parents=True)
 
     def measure_all(self, contenders: list[Contender], limits_python: str | None) -> None:
-        self.run["load_average"] = os.getloadavg()[0]
         self.take_limits(limits_python)
         for job, number, contender in plan.interleaved(contenders, self.settings):
             say(f"{job}, round {number}: {contender.name}")
@@ -67,7 +64,7 @@ class Comparison:
         command = contender.command(job)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         shown = self.places.display(" ".join(command))
-        result = Measurement(contender.name, job, number, shown, started, os.getloadavg()[0])
+        result = Measurement(contender.name, job, number, shown, started)
         environment = {} if contender.is_evalfw else {"OMP_NUM_THREADS": str(self.settings.threads)}
         try:
             finished = process.run(command, environment, self.settings.timeout_seconds)
@@ -75,6 +72,7 @@ class Comparison:
             result.error = self.places.display(str(error))
             return result
         result.wall_seconds = finished.wall_seconds
+        result.foreign_cpu_share = finished.foreign_cpu_share
         try:
             if finished.timed_out:
                 raise Wrong("out of time")
@@ -90,7 +88,7 @@ class Comparison:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         reason = self.places.display(str(error))
         self.measurements += [
-            Measurement(name, job, 0, "not started", now, os.getloadavg()[0], error=reason)
+            Measurement(name, job, 0, "not started", now, error=reason)
             for job in jobs
             if job in self.settings.jobs
         ]
@@ -131,8 +129,10 @@ def compare(args: argparse.Namespace, places: Places) -> Comparison:
     )
     binary = str(Path(args.evalfw).absolute()) if args.evalfw else prepare.evalfw()
     checkpoint = prepare.checkpoint(binary, settings.model, places.cache)
-    scenarios.write(places.scratch / "scenarios", settings)
-    comparison = Comparison(settings, args.engine, places, Path(args.out))
+    comparison = Comparison(settings, args.engine, places, Path(args.out).absolute())
+    # Kept, so that its commands can be run again.
+    suites = comparison.folder / "scenarios"
+    scenarios.write(suites, settings)
     comparison.shapes = Shapes.read(checkpoint)
 
     def or_none(name: str, jobs: tuple[str, ...], make: Callable[[], str]) -> str | None:
@@ -144,7 +144,7 @@ def compare(args: argparse.Namespace, places: Places) -> Comparison:
 
     files = sorted(checkpoint.glob("*.safetensors"))
     contenders: list[Contender] = [
-        Evalfw(engine, settings, comparison.shapes, binary, checkpoint, places.scratch / "scenarios", places.scratch)
+        Evalfw(engine, settings, comparison.shapes, binary, checkpoint, suites, places.scratch)
         for engine in args.engine
     ]
     torch_python = or_none("peft", Peft.jobs, prepare.reference_python)
@@ -189,7 +189,7 @@ def arguments() -> argparse.Namespace:
     add("--sequence", type=count, default=512, help="tokens of a training row [512]")
     add("--rounds", type=count, default=2, help="processes for each measurement; 2 is A B B A [2]")
     add("--only", type=names(JOBS), default=JOBS, metavar="JOB,…", help=f"of {', '.join(JOBS)} [all]")
-    add("--engine", type=names(), default=("candle-cpu",), metavar="E,…", help="evalfw's engines [candle-cpu]")
+    add("--engine", type=names(), default=("candle-cpu",), metavar="E,…", help="of evalfw [candle-cpu]")
     peft = tuple(PEFT_VARIANTS)
     add("--peft", type=names(peft), default=peft[:1], metavar="P,…", help=f"of {', '.join(peft)} [{peft[0]}]")
     add("--threads", type=count, default=machine.logical_cores(), help="[one for each logical core]")

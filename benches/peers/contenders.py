@@ -32,7 +32,7 @@ class Contender(ABC):
 class Evalfw(Contender):
     """One engine of evalfw, through `evalfw run`."""
 
-    engine: str
+    name: str
     settings: Settings
     shapes: Shapes
     binary: str
@@ -42,13 +42,9 @@ class Evalfw(Contender):
     is_evalfw = True
     jobs = ("load", "train", "infer")
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.engine
-
     def command(self, job: str) -> list[str]:
         return [
-            *(self.binary, "run", "--engine", self.engine, "--scenarios", str(self.scenarios)),
+            *(self.binary, "run", "--engine", self.name, "--scenarios", str(self.scenarios)),
             *("--suite", job, "--model", str(self.checkpoint), "--threads", str(self.settings.threads)),
             *("--out", str(self.scratch / "runs"), "--json"),
         ]

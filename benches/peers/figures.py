@@ -26,6 +26,14 @@ def rates(tokens: int, seconds: list[float]) -> list[float]:
     return [tokens / s for s in seconds]
 
 
+def prompt_rates(samples: Samples, settings: Settings) -> list[float]:
+    return rates(settings.prompt_tokens, samples.prompt_seconds)
+
+
+def generate_rates(samples: Samples, settings: Settings) -> list[float]:
+    return rates(settings.generate_tokens, samples.generate_seconds)
+
+
 QUANTITIES = (
     Quantity("load, s", "load", lambda s, _: s.load_seconds),
     Quantity("peak GB", "load", lambda s, _: gigabytes(s.peak_bytes)),
@@ -33,8 +41,8 @@ QUANTITIES = (
     Quantity("tokens/s", "train", lambda s, to: rates(to.sequence, s.step_seconds), True),
     Quantity("peak GB", "train", lambda s, _: gigabytes(s.peak_bytes)),
     Quantity("peak GB in the steps", "train", lambda s, _: gigabytes(s.train_peak_bytes)),
-    Quantity("prompt tokens/s", "infer", lambda s, to: rates(to.prompt_tokens, s.prompt_seconds), True),
-    Quantity("generated tokens/s", "infer", lambda s, to: rates(to.generate_tokens, s.generate_seconds), True),
+    Quantity("prompt tokens/s", "infer", prompt_rates, True),
+    Quantity("generated tokens/s", "infer", generate_rates, True),
     Quantity("peak GB", "infer", lambda s, _: gigabytes(s.peak_bytes)),
 )
 

@@ -11,7 +11,17 @@ import process
 from prepare import HERE
 
 # What decides which kernels a library takes.
-TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "bf16", "sve")
+TELLING_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+    "sve",
+)
 
 
 def describe() -> dict[str, object]:

@@ -10,9 +10,14 @@ from work import Shapes
 
 TITLES = {"load": "Load to NF4, from a warm page cache", "train": "QLoRA training", "infer": "Inference"}
 
+# Other processes' share of the CPU time that a machine at rest may show.
+IDLE = 0.03
+
 
 def render(run: dict, results: Results, shapes: Shapes | None, engines: tuple[str, ...]) -> str:
-    return "\n".join([*head(run, results), *jobs(results, engines), *limits(run, results, shapes), *tail(results)])
+    return "\n".join(
+        [*head(run, results), *jobs(results, engines), *limits(run, results, shapes), *tail(results)]
+    )
 
 
 def head(run: dict, results: Results) -> Iterator[str]:
@@ -23,22 +28,23 @@ def head(run: dict, results: Results) -> Iterator[str]:
         f"{run['started_at']}, {about['cpu']} ({', '.join(about['flags'])}), {about['logical_cores']} logical "
         f"cores, {about['memory_bytes'] / 1e9:.1f} GB. {settings.threads} threads, batch 1, rank "
         f"{settings.lora_r}, alpha {settings.lora_alpha}, all seven projections, dropout 0, AdamW, gradient "
-        f"checkpointing; {settings.sequence} tokens of which {settings.trained_tokens} have a loss. "
+        f"checkpointing; rows of {settings.sequence} tokens of which {settings.trained_tokens} have a loss. "
+        f"Inference: a prompt of {settings.prompt_tokens} tokens (pp{settings.prompt_tokens}), then "
+        f"{settings.generate_tokens} more, one by one (tg{settings.generate_tokens}). "
         f"{settings.rounds} rounds in A B B A order, each measurement in a process of its own."
     )
     yield ""
     yield (
         "Medians of all samples, and their range. A ratio says how many times better evalfw is (faster, or "
-        "smaller), with the range over the rounds. A peak is the largest resident size of the process from its "
-        "start, GB is 10^9 bytes. `samples.json` has every sample."
+        "smaller), with the range over the rounds. A peak is the largest resident size of the process (of evalfw: "
+        "of its worker) from its start, GB is 10^9 bytes. `samples.json` has every sample."
     )
-    busy = max((m.load_average for m in results.measurements), default=0.0)
-    # The measurements themselves keep all threads busy; only what is beyond them is someone else's.
-    if busy > settings.threads + 0.5 or run["load_average"] > 0.5:
+    busy = max((m.foreign_cpu_share for m in results.measurements), default=0.0)
+    if busy > IDLE:
         yield ""
         yield (
-            f"**The machine was not idle**: a load of {run['load_average']:.2f} before the first measurement, "
-            f"up to {busy:.2f} later. These timings are not to be trusted."
+            f"**The machine was not idle**: other processes took up to {busy:.0%} of its cores' time during a "
+            "measurement. These timings are not to be trusted."
         )
 
 
@@ -55,7 +61,9 @@ def jobs(results: Results, engines: tuple[str, ...]) -> Iterator[str]:
         pairs = [(engine, peer) for engine in own for peer in peers]
         if pairs:
             yield ""
-            rows = [[f"{a} : {b}", *(show(results.ratio(q, a, b), " ×") for q in quantities)] for a, b in pairs]
+            rows = [
+                [f"{a} : {b}", *(show(results.ratio(q, a, b), " ×") for q in quantities)] for a, b in pairs
+            ]
             yield from table(["ratio", *names], rows)
 
 
@@ -64,7 +72,9 @@ def limits(run: dict, results: Results, shapes: Shapes | None) -> Iterator[str]:
     if not best:
         return
     yield from ["", "## Beside what this machine can do", ""]
-    yield from table(["limit", "best of all runs"], [[n, f"{r / 1e9:.1f} G{unit(n)}"] for n, r in best.items()])
+    yield from table(
+        ["limit", "best of all runs"], [[n, f"{r / 1e9:.1f} G{unit(n)}"] for n, r in best.items()]
+    )
     if shapes is None:
         return
     settings = results.settings
@@ -82,7 +92,7 @@ def limits(run: dict, results: Results, shapes: Shapes | None) -> Iterator[str]:
                 rows.append(["generating", name, f"{size / 1e9:.3f} GB", f"{size * rate / read:.0%}"])
     if rows:
         yield ""
-        yield from table(["work", "", "of a step or token", "of the f32 matrix or read rate"], rows)
+        yield from table(["work", "", "of a step or token", "of the best f32 matrix or read rate"], rows)
 
 
 def tail(results: Results) -> Iterator[str]:

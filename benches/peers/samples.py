@@ -30,9 +30,9 @@ class Measurement:
     round: int
     command: str
     started_at: str
-    # Of the last minute, before the start: a busy machine shows here.
-    load_average: float
     wall_seconds: float = 0.0
+    # Of all cores' time, what went to other processes: a busy machine shows here.
+    foreign_cpu_share: float = 0.0
     error: str | None = None
     stderr_tail: list[str] = field(default_factory=list)
     samples: Samples | None = None
