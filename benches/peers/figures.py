@@ -16,6 +16,8 @@ class Quantity:
     job: str
     values: Callable[[Samples, Settings], list[float]]
     higher_is_better: bool = False
+    # Whether it is compared; no, where it says the same as another quantity.
+    ratio: bool = True
 
 
 def gigabytes(count: int | None) -> list[float]:
@@ -37,7 +39,7 @@ def generate_rates(samples: Samples, settings: Settings) -> list[float]:
 QUANTITIES = (
     Quantity("load, s", "load", lambda s, _: s.load_seconds),
     Quantity("peak GB", "load", lambda s, _: gigabytes(s.peak_bytes)),
-    Quantity("s/step", "train", lambda s, _: s.step_seconds),
+    Quantity("s/step", "train", lambda s, _: s.step_seconds, ratio=False),
     Quantity("tokens/s", "train", lambda s, to: rates(to.sequence, s.step_seconds), True),
     Quantity("peak GB", "train", lambda s, _: gigabytes(s.peak_bytes)),
     Quantity("peak GB in the steps", "train", lambda s, _: gigabytes(s.train_peak_bytes)),
