@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -78,8 +79,9 @@ class Comparison:
                 raise Wrong("out of time")
             result.samples = contender.read(job, finished)
         except (Wrong, ValueError, KeyError, TypeError) as error:
-            result.error = f"{finished.error}: {error}" if finished.error else f"{error!r}"
+            reason = str(error) if isinstance(error, Wrong) else finished.error or repr(error)
             result.stderr_tail = [self.places.display(line) for line in finished.stderr_tail]
+            result.error = ": ".join([reason, *result.stderr_tail[-1:]])
         return result
 
     def unprepared(self, name: str, jobs: tuple[str, ...], error: Unprepared) -> None:
@@ -207,6 +209,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="evalfw-peers-") as scratch:
         try:
             comparison = compare(args, Places.find(Path(scratch)))

@@ -31,7 +31,7 @@ def head(run: dict, results: Results) -> Iterator[str]:
         f"checkpointing; rows of {settings.sequence} tokens of which {settings.trained_tokens} have a loss. "
         f"Inference: a prompt of {settings.prompt_tokens} tokens (pp{settings.prompt_tokens}), then "
         f"{settings.generate_tokens} more, one by one (tg{settings.generate_tokens}). "
-        f"{settings.rounds} rounds in A B B A order, each measurement in a process of its own."
+        f"Rounds: {settings.rounds}, in A B B A order. Each measurement has a process of its own."
     )
     yield ""
     yield (
@@ -60,11 +60,13 @@ def jobs(results: Results, engines: tuple[str, ...]) -> Iterator[str]:
         yield from table(["", *names], rows)
         pairs = [(engine, peer) for engine in own for peer in peers]
         if pairs:
+            compared = [q for q in quantities if q.ratio]
+            rows = []
+            for engine, peer in pairs:
+                ratios = (show(results.ratio(q, engine, peer), " ×") for q in compared)
+                rows.append([f"{engine} : {peer}", *ratios])
             yield ""
-            rows = [
-                [f"{a} : {b}", *(show(results.ratio(q, a, b), " ×") for q in quantities)] for a, b in pairs
-            ]
-            yield from table(["ratio", *names], rows)
+            yield from table(["ratio", *(q.name for q in compared)], rows)
 
 
 def limits(run: dict, results: Results, shapes: Shapes | None) -> Iterator[str]:
