@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 POLL_SECONDS = 0.05
+EXIT_SECONDS = 10.0
 TAIL_LINES = 15
 
 
@@ -98,10 +99,23 @@ class CpuTimes:
 def kill_tree(child: subprocess.Popen[bytes]) -> None:
     """Nothing that the child started is left behind to disturb the next measurement: not what is in its
     group, nor, where it is still alive, what has a group of its own."""
-    for pid in list(tree(child.pid)):
+    pids = list(tree(child.pid))
+    for pid in pids:
         kill(os.kill, pid)
     kill(os.killpg, child.pid)
     child.wait()
+    # Giving back gigabytes takes the kernel a while.
+    deadline = time.monotonic() + EXIT_SECONDS
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def alive(pid: int) -> bool:
+    """Not gone, and not a zombie that only waits to be collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def kill(send: Callable[[int, int], None], pid: int) -> None:
