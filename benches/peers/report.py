@@ -80,7 +80,8 @@ def limits(run: dict, results: Results, shapes: Shapes | None) -> Iterator[str]:
     if shapes is None:
         return
     settings = results.settings
-    matrix, read = best.get("f32 matrix product"), best.get(f"memory read, {threads(settings.threads)}")
+    matrix = best.get("f32 matrix product")
+    read = max((rate for name, rate in best.items() if "read" in name), default=None)
     rows = []
     if matrix and "train" in settings.jobs:
         for recompute, label in ((True, "training"), (False, "training, recompute not counted")):
@@ -131,10 +132,6 @@ def named(name: str) -> Quantity:
 def weight_bytes(results: Results, contender: str) -> int | None:
     sizes = (m.samples.weight_bytes for m in results.measurements if m.contender == contender and m.samples)
     return next((size for size in sizes if size), None)
-
-
-def threads(count: int) -> str:
-    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def unit(limit: str) -> str:
