@@ -1,0 +1,229 @@
+"""Measures evalfw beside the tools that people use today, and writes results/peers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import machine
+import plan
+import prepare
+import process
+import report
+import scenarios
+from contenders import PEFT_VARIANTS, Contender, Evalfw, LlamaCpp, Peft
+from figures import Results
+from prepare import Places, Unprepared
+from samples import Measurement, Wrong
+from settings import JOBS, Settings
+from work import Shapes
+
+
+class Comparison:
+    """One run, kept in a folder of its own and written again after each measurement."""
+
+    def __init__(self, settings: Settings, engines: tuple[str, ...], places: Places, out: Path) -> None:
+        self.settings = settings
+        self.engines = engines
+        self.places = places
+        self.shapes: Shapes | None = None
+        self.measurements: list[Measurement] = []
+        started = datetime.now(UTC)
+        self.run: dict = {
+            "started_at": started.isoformat(timespec="seconds"),
+            "settings": asdict(settings),
+            "machine": machine.describe(),
+            "limits": [],
+        }
+        self.folder = out / f"{started:%Y%m%d-%H%M%S}-{settings.model}-s{settings.sequence}"
+        self.folder.mkdir(parents=True)
+
+    def measure_all(self, contenders: list[Contender], limits_python: str | None) -> None:
+        self.take_limits(limits_python)
+        for job, number, contender in plan.interleaved(contenders, self.settings):
+            say(f"{job}, round {number}: {contender.name}")
+            measurement = self.measure(job, number, contender)
+            say(f"  {measurement.error or 'ok'}, {measurement.wall_seconds:.1f} s")
+            self.measurements.append(measurement)
+            self.write()
+        self.take_limits(limits_python)
+        self.write()
+
+    def take_limits(self, python: str | None) -> None:
+        if python is not None:
+            say("the machine's limits")
+            self.run["limits"].append(machine.limits(python, self.settings.threads))
+
+    def measure(self, job: str, number: int, contender: Contender) -> Measurement:
+        command = contender.command(job)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        shown = self.places.display(" ".join(command))
+        result = Measurement(contender.name, job, number, shown, started)
+        environment = {} if contender.is_evalfw else {"OMP_NUM_THREADS": str(self.settings.threads)}
+        try:
+            finished = process.run(command, environment, self.settings.timeout_seconds)
+        except OSError as error:
+            result.error = self.places.display(str(error))
+            return result
+        result.wall_seconds = finished.wall_seconds
+        result.foreign_cpu_share = finished.foreign_cpu_share
+        try:
+            if finished.timed_out:
+                raise Wrong("out of time")
+            result.samples = contender.read(job, finished)
+        except (Wrong, ValueError, KeyError, TypeError) as error:
+            reason = str(error) if isinstance(error, Wrong) else finished.error or repr(error)
+            result.stderr_tail = [self.places.display(line) for line in finished.stderr_tail]
+            result.error = ": ".join([reason, *result.stderr_tail[-1:]])
+        return result
+
+    def unprepared(self, name: str, jobs: tuple[str, ...], error: Unprepared) -> None:
+        """What could not be installed or made is in the record as well."""
+        say(f"{name}: {error}")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        reason = self.places.display(str(error))
+        self.measurements += [
+            Measurement(name, job, 0, "not started", now, error=reason)
+            for job in jobs
+            if job in self.settings.jobs
+        ]
+
+    def write(self) -> None:
+        record = {**self.run, "measurements": [asdict(m) for m in self.measurements]}
+        text = self.places.display(json.dumps(record, indent=1)) + "\n"
+        replace(self.folder / "samples.json", text)
+        replace(self.folder / "report.md", self.render())
+
+    def render(self) -> str:
+        results = Results(self.measurements, self.settings)
+        return report.render(self.run, results, self.shapes, self.engines)
+
+
+def replace(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def compare(args: argparse.Namespace, places: Places) -> Comparison:
+    """Raises `Unprepared` where evalfw itself or the model is missing."""
+    settings = Settings(
+        model=args.model,
+        sequence=args.sequence,
+        rounds=args.rounds,
+        threads=args.threads,
+        steps=args.steps,
+        repeats=args.repeats,
+        prompt_tokens=args.prompt_tokens,
+        generate_tokens=args.generate_tokens,
+        jobs=tuple(job for job in JOBS if job in args.only),
+    )
+    binary = str(Path(args.evalfw).absolute()) if args.evalfw else prepare.evalfw()
+    checkpoint = prepare.checkpoint(binary, settings.model, places.cache)
+    comparison = Comparison(settings, args.engine, places, Path(args.out).absolute())
+    # Kept, so that its commands can be run again.
+    suites = comparison.folder / "scenarios"
+    scenarios.write(suites, settings)
+    comparison.shapes = Shapes.read(checkpoint)
+
+    def or_none(name: str, jobs: tuple[str, ...], make: Callable[[], str]) -> str | None:
+        try:
+            return make()
+        except Unprepared as error:
+            comparison.unprepared(name, jobs, error)
+            return None
+
+    files = sorted(checkpoint.glob("*.safetensors"))
+    contenders: list[Contender] = [
+        Evalfw(engine, settings, comparison.shapes, binary, checkpoint, suites, places.scratch)
+        for engine in args.engine
+    ]
+    torch_python = or_none("peft", Peft.jobs, prepare.reference_python)
+    if torch_python is not None:
+        for name in args.peft:
+            dtype, kbit = PEFT_VARIANTS[name]
+            contenders.append(Peft(name, dtype, kbit, settings, torch_python, checkpoint))
+    if "infer" in settings.jobs:
+        llama_python = or_none(LlamaCpp.name, LlamaCpp.jobs, prepare.llama_python)
+        gguf = llama_python and or_none(
+            LlamaCpp.name, LlamaCpp.jobs, lambda: str(prepare.gguf(llama_python, checkpoint))
+        )
+        if llama_python and gguf:
+            contenders.append(LlamaCpp(settings, llama_python, Path(gguf)))
+            files.append(Path(gguf))
+    prepare.warm_page_cache(files)
+    comparison.measure_all(contenders, torch_python)
+    return comparison
+
+
+def names(known: tuple[str, ...] | None = None) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(part for part in text.split(",") if part))
+        unknown = [name for name in found if known is not None and name not in known]
+        if unknown or not found:
+            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(known or ())}")
+        return found
+
+    return parse
+
+
+def count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number over 0")
+    return int(text)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="compare", description=__doc__)
+    add = parser.add_argument
+    add("--model", default="0.5b", metavar="SIZE", help="a size that `evalfw synth` knows [0.5b]")
+    add("--sequence", type=count, default=512, help="tokens of a training row [512]")
+    add("--rounds", type=count, default=2, help="processes for each measurement; 2 is A B B A [2]")
+    add("--only", type=names(JOBS), default=JOBS, metavar="JOB,…", help=f"of {', '.join(JOBS)} [all]")
+    add("--engine", type=names(), default=("candle-cpu",), metavar="E,…", help="of evalfw [candle-cpu]")
+    peft = tuple(PEFT_VARIANTS)
+    add("--peft", type=names(peft), default=peft[:1], metavar="P,…", help=f"of {', '.join(peft)} [{peft[0]}]")
+    add("--threads", type=count, default=machine.logical_cores(), help="[one for each logical core]")
+    add("--steps", type=count, default=3, help="training steps that count, after one that does not [3]")
+    add("--repeats", type=count, default=5, help="prompts that count, after one that does not [5]")
+    add("--prompt-tokens", type=count, default=128, help="[128]")
+    add("--generate-tokens", type=count, default=64, help="[64]")
+    add("--evalfw", metavar="FILE", help="a binary to measure [build the working tree]")
+    add("--out", default=prepare.REPOSITORY / "results" / "peers", metavar="DIR", help="[results/peers]")
+    args = parser.parse_args()
+    if args.sequence < 2:
+        parser.error("--sequence: half of the row has a loss, so it needs two tokens")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="evalfw-peers-") as scratch:
+        try:
+            comparison = compare(args, Places.find(Path(scratch)))
+        except (Unprepared, OSError) as error:
+            say(f"error: {error}")
+            return 2
+        except KeyboardInterrupt:
+            say("interrupted; what was measured is kept")
+            return 130
+    print(comparison.render())
+    say(f"written to {comparison.folder}")
+    return 1 if any(m.error for m in comparison.measurements) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What machine this is, and what it can do at best."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import process
+from prepare import HERE
+
+# What decides which kernels a library takes.
+TELLING_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+    "sve",
+)
+
+
+def describe() -> dict[str, object]:
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": fields.get("model name", platform.machine()),
+        "flags": [flag for flag in TELLING_FLAGS if flag in flags],
+        "logical_cores": logical_cores(),
+        "memory_bytes": pages,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def logical_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def limits(python: str, threads: int) -> dict:
+    """The matrix and read rates by `workers/limits.py`; an `error` where there are none."""
+    command = [python, str(HERE / "workers" / "limits.py"), "--threads", str(threads)]
+    try:
+        finished = process.run(command, {"OMP_NUM_THREADS": str(threads)}, timeout_seconds=300)
+        if finished.error:
+            return {"error": finished.error, "stderr_tail": finished.stderr_tail}
+        return json.loads(finished.stdout)
+    except (OSError, ValueError) as error:
+        return {"error": str(error)}
+
+
+def best(taken: list[dict]) -> dict[str, float]:
+    """The highest of each limit: anything less was a disturbance."""
+    found: dict[str, float] = {}
+    for limit in taken:
+        rates = {
+            f"{dtype} matrix product": max(shapes.values())
+            for dtype, shapes in limit.get("matrix_flops_per_second", {}).items()
+        }
+        reads = {
+            f"memory read, {count} thread{'' if count == '1' else 's'}": rate
+            for count, rate in limit.get("read_bytes_per_second", {}).items()
+        }
+        for name, rate in {**rates, **reads}.items():
+            found[name] = max(rate, found.get(name, 0.0))
+    return found

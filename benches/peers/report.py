@@ -1,0 +1,157 @@
+"""The comparison as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import machine
+from figures import QUANTITIES, Figure, Quantity, Results
+from work import Shapes
+
+TITLES = {"load": "Load to NF4, from a warm page cache", "train": "QLoRA training", "infer": "Inference"}
+
+# Other processes' share of the CPU time that a machine at rest may show.
+IDLE = 0.03
+
+
+def render(run: dict, results: Results, shapes: Shapes | None, engines: tuple[str, ...]) -> str:
+    return "\n".join(
+        [*head(run, results), *jobs(results, engines), *limits(run, results, shapes), *tail(results)]
+    )
+
+
+def head(run: dict, results: Results) -> Iterator[str]:
+    about, settings = run["machine"], results.settings
+    yield f"# evalfw beside its peers: {settings.model}"
+    yield ""
+    yield (
+        f"{run['started_at']}, {about['cpu']} ({', '.join(about['flags'])}), {about['logical_cores']} logical "
+        f"cores, {about['memory_bytes'] / 1e9:.1f} GB. {settings.threads} threads, batch 1, rank "
+        f"{settings.lora_r}, alpha {settings.lora_alpha}, all seven projections, dropout 0, AdamW, gradient "
+        f"checkpointing; rows of {settings.sequence} tokens of which {settings.trained_tokens} have a loss. "
+        f"Inference: a prompt of {settings.prompt_tokens} tokens (pp{settings.prompt_tokens}), then "
+        f"{settings.generate_tokens} more, one by one (tg{settings.generate_tokens}). "
+        f"Rounds: {settings.rounds}, in A B B A order. Each measurement has a process of its own."
+    )
+    yield ""
+    yield (
+        "Medians of all samples, and their range. A ratio says how many times better evalfw is (faster, or "
+        "smaller), with the range over the rounds. A peak is the largest resident size of the process (of evalfw: "
+        "of its worker) from its start, GB is 10^9 bytes. `samples.json` has every sample."
+    )
+    busy = max((m.foreign_cpu_share for m in results.measurements), default=0.0)
+    if busy > IDLE:
+        yield ""
+        yield (
+            f"**The machine was not idle**: other processes took up to {busy:.0%} of its cores' time during a "
+            "measurement. These timings are not to be trusted."
+        )
+
+
+def jobs(results: Results, engines: tuple[str, ...]) -> Iterator[str]:
+    for job in results.settings.jobs:
+        quantities = [q for q in QUANTITIES if q.job == job]
+        contenders = results.contenders(job)
+        names = [q.name for q in quantities]
+        own = [name for name in contenders if name in engines]
+        peers = [name for name in contenders if name not in engines]
+        yield from ["", f"## {TITLES[job]}", ""]
+        rows = [[name, *(show(results.figure(q, name)) for q in quantities)] for name in contenders]
+        yield from table(["", *names], rows)
+        pairs = [(engine, peer) for engine in own for peer in peers]
+        if pairs:
+            compared = [q for q in quantities if q.ratio]
+            rows = []
+            for engine, peer in pairs:
+                ratios = (show(results.ratio(q, engine, peer), " ×") for q in compared)
+                rows.append([f"{engine} : {peer}", *ratios])
+            yield ""
+            yield from table(["ratio", *(q.name for q in compared)], rows)
+
+
+def limits(run: dict, results: Results, shapes: Shapes | None) -> Iterator[str]:
+    best = machine.best(run["limits"])
+    if not best:
+        return
+    yield from ["", "## Beside what this machine can do", ""]
+    yield from table(
+        ["limit", "best of all runs"], [[n, f"{r / 1e9:.1f} G{unit(n)}"] for n, r in best.items()]
+    )
+    if shapes is None:
+        return
+    settings = results.settings
+    matrix = best.get("f32 matrix product")
+    read = max((rate for name, rate in best.items() if "read" in name), default=None)
+    rows = []
+    if matrix and "train" in settings.jobs:
+        for recompute, label in ((True, "training"), (False, "training, recompute not counted")):
+            flops = shapes.step_flops(settings, recompute)
+            for name, seconds in middles(results, "s/step"):
+                rows.append([label, name, f"{flops / 1e12:.2f} TFLOP", f"{flops / seconds / matrix:.0%}"])
+    if read and "infer" in settings.jobs:
+        for name, rate in middles(results, "generated tokens/s"):
+            size = weight_bytes(results, name)
+            if size:
+                rows.append(["generating", name, f"{size / 1e9:.3f} GB", f"{size * rate / read:.0%}"])
+    if rows:
+        yield ""
+        yield from table(["work", "", "of a step or token", "of the best f32 matrix or read rate"], rows)
+
+
+def tail(results: Results) -> Iterator[str]:
+    failed = [m for m in results.measurements if m.error]
+    if failed:
+        yield from ["", "## Failed", ""]
+        for m in failed:
+            yield f"- {m.contender}, {m.job}, round {m.round}: {m.error}"
+    yield from ["", "## Versions", ""]
+    found = dict.fromkeys(
+        f"{name}: {version}"
+        for m in results.measurements
+        if m.samples is not None
+        for name, version in m.samples.versions.items()
+    )
+    yield from (f"- {line}" for line in found)
+    yield from ["", "## Commands", "", "```"]
+    yield from dict.fromkeys(m.command for m in results.measurements)
+    yield from ["```", ""]
+
+
+def middles(results: Results, name: str) -> Iterator[tuple[str, float]]:
+    quantity = named(name)
+    for contender in results.contenders(quantity.job):
+        figure = results.figure(quantity, contender)
+        if figure is not None:
+            yield contender, figure.middle
+
+
+def named(name: str) -> Quantity:
+    return next(q for q in QUANTITIES if q.name == name)
+
+
+def weight_bytes(results: Results, contender: str) -> int | None:
+    sizes = (m.samples.weight_bytes for m in results.measurements if m.contender == contender and m.samples)
+    return next((size for size in sizes if size), None)
+
+
+def unit(limit: str) -> str:
+    return "B/s" if "read" in limit else "FLOP/s"
+
+
+def show(figure: Figure | None, suffix: str = "") -> str:
+    if figure is None:
+        return "–"
+    middle = f"{number(figure.middle)}{suffix}"
+    return middle if figure.low == figure.high else f"{middle} ({number(figure.low)}–{number(figure.high)})"
+
+
+def number(value: float) -> str:
+    """Three significant digits, and no fraction where there are more."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield "|---|" + "--:|" * (len(header) - 1)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
