@@ -4,6 +4,7 @@ mod support;
 
 use evalfw::measure::metrics::time_to_target;
 use evalfw::record::{CellRecord, Outcome};
+use predicates::prelude::*;
 use std::fs;
 use support::Workspace;
 
@@ -56,4 +57,29 @@ fn a_target_out_of_reach_is_told_and_is_no_failure() {
     assert!(records.iter().all(|r| r.outcome == Outcome::Ok && r.samples.train.len() == 12));
     let report = fs::read_to_string(workspace.results().join("REPORT.md")).unwrap();
     assert!(report.contains("not reached in 12"), "{report}");
+}
+
+#[test]
+fn a_target_that_is_met_before_the_first_step_takes_no_steps_and_no_time() {
+    let workspace = Workspace::new();
+    for record in run(&workspace, "20") {
+        assert_eq!(record.outcome, Outcome::Ok, "{:?}", record.error);
+        assert!(record.samples.train.is_empty());
+        let met = time_to_target(&record.samples, 20.0).expect("an untrained loss is below 20");
+        assert_eq!((met.steps, met.seconds), (0, 0.0));
+    }
+}
+
+/// As `evalfw run` with a model for a scenario that does not take it, and its standard error.
+fn with_model(scenarios: &str) -> assert_cmd::assert::Assert {
+    let workspace = Workspace::new();
+    let mut command = workspace.evalfw();
+    command.args(["run", "--engine", "candle-cpu", "--scenario", scenarios, "--model"]);
+    command.arg(workspace.model()).assert()
+}
+
+#[test]
+fn a_model_for_quality_alone_is_refused_for_it_brings_its_own() {
+    let message = predicate::str::contains("--model").and(predicate::str::contains("quality"));
+    with_model("quality").code(2).stderr(message.and(predicate::str::contains("learner")));
 }
