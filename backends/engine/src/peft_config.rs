@@ -2,7 +2,7 @@
 //!
 //! PEFT has dozens of options that change the computation, and every version adds some. Read as plain
 //! LoRA, an adapter that uses one would give another loss without a word. So this is a list of what is
-//! known to be plain; any other field must be null, false or empty.
+//! known to be plain; any other field must be null or false.
 
 use crate::config::ModelConfig;
 use crate::lora::{LoraConfig, Target};
@@ -25,6 +25,19 @@ const WITHOUT_EFFECT: [&str; 9] = [
     "peft_version",
     "qalora_group_size",
     "revision",
+];
+
+/// Fields for which empty means absent. Of others PEFT asks only whether they are null: `velora_config: {}` is
+/// VeLoRA with its defaults.
+const MAY_BE_EMPTY: [&str; 8] = [
+    "alpha_pattern",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "modules_to_save",
+    "rank_pattern",
+    "target_parameters",
 ];
 
 /// Initialisations that leave the base weights alone when PEFT loads the adapter. PiSSA, OLoRA, CorDA and
@@ -99,7 +112,11 @@ impl PeftConfig {
                 return Err(format!("init_lora_weights {other} is not supported: it may change the base"));
             }
         }
-        let has_effect = |name: &str, value: &Value| !WITHOUT_EFFECT.contains(&name) && !is_empty(value);
+        let has_effect = |name: &str, value: &Value| {
+            let off = matches!(value, Value::Null | Value::Bool(false));
+            let absent = MAY_BE_EMPTY.contains(&name) && is_empty(value);
+            !(off || absent || WITHOUT_EFFECT.contains(&name))
+        };
         if let Some((name, value)) = self.rest.iter().find(|(name, value)| has_effect(name, value)) {
             return Err(format!("{name} is not supported, and is {value}"));
         }
@@ -129,11 +146,10 @@ fn only(field: &str, value: &str, supported: &str) -> std::result::Result<(), St
 
 fn is_empty(value: &Value) -> bool {
     match value {
-        Value::Null | Value::Bool(false) => true,
         Value::String(text) => text.is_empty(),
         Value::Array(items) => items.is_empty(),
         Value::Object(fields) => fields.is_empty(),
-        Value::Bool(true) | Value::Number(_) => false,
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
     }
 }
 
@@ -283,6 +299,8 @@ mod tests {
             ("use_qalora", json!(true)),
             ("use_rslora", json!(true)),
             ("velora_config", json!({"num_groups": 2})),
+            ("velora_config", json!({})),
+            ("alora_invocation_tokens", json!([])),
             ("an_option_of_tomorrow", json!(1)),
             ("r", json!(0)),
             ("lora_dropout", json!(1.0)),
