@@ -132,6 +132,23 @@ fn the_shards_of_an_index_arrive() {
 }
 
 #[test]
+fn of_a_single_file_and_an_index_only_the_single_file_arrives() {
+    let mut files = repository(20_000);
+    let single = repository(u64::MAX)[WEIGHTS].clone();
+    files.insert(WEIGHTS.into(), single);
+    let hub = hub_with(files.clone());
+    let machine = Machine::new();
+    let resolved = machine.resolve(ID, &hub).0.unwrap();
+    assert_same_files(&resolved.dir, &files, &[WEIGHTS]);
+    assert_eq!(Checkpoint::open(&resolved.dir).unwrap().files().len(), 1);
+    assert!(
+        !fs::read_dir(&resolved.dir)
+            .unwrap()
+            .any(|e| e.unwrap().file_name() == "model.safetensors.index.json")
+    );
+}
+
+#[test]
 fn files_that_a_model_can_do_without_may_be_missing() {
     let mut files = repository(u64::MAX);
     files.remove("generation_config.json");

@@ -6,6 +6,7 @@ use evalfw::verify::reference::Reference;
 use evalfw::verify::{Scope, Verdict, verify};
 use evalfw::worker::WorkerCommand;
 use predicates::prelude::*;
+use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -128,6 +129,17 @@ fn errors_of_dropout_show_in_its_losses_too() {
 }
 
 #[test]
+fn errors_of_the_optimizer_are_caught_before_a_run() {
+    let errors: &[(&str, &[&str])] = &[
+        ("no-bias-correction", &["8 losses of the curve adamw", "NF4: 8 losses of the curve nf4"]),
+        ("coupled-weight-decay", &["8 losses of the curve adamw"]),
+        ("no-clipping", &["8 losses of the curve clipping"]),
+        ("mean-of-micro-batches", &["8 losses of the curve accumulation"]),
+    ];
+    all_caught(errors, Scope::Short);
+}
+
+#[test]
 fn errors_of_the_optimizer_are_caught() {
     let errors: &[(&str, &[&str])] = &[
         ("no-bias-correction", &["20 losses of the curve adamw"]),
@@ -215,4 +227,126 @@ fn an_altered_or_missing_golden_file_is_refused_by_name() {
     fs::remove_file(&file).unwrap();
     let missing = predicate::str::contains("losses.json").and(predicate::str::contains("missing"));
     evalfw(&arguments).code(2).stderr(missing);
+}
+
+/// Spoils the copy at `folder`, brings its digests up to date and expects its refusal.
+fn refused(folder: &Path, spoil: impl FnOnce(&Path, &mut serde_json::Value), words: &[&str]) {
+    let path = folder.join("manifest.json");
+    let mut manifest: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    spoil(folder, &mut manifest);
+    if let Some(golden) = manifest["golden"].as_object_mut() {
+        for (file, digest) in golden {
+            let found = Sha256::digest(fs::read(folder.join("golden").join(file)).unwrap());
+            *digest = found.iter().map(|b| format!("{b:02x}")).collect::<String>().into();
+        }
+    }
+    fs::write(&path, manifest.to_string()).unwrap();
+    let error = Reference::read(folder).err().expect("the reference was accepted");
+    let message = format!("{error:#}");
+    assert!(words.iter().all(|word| message.contains(word)), "expected {words:?}: {message}");
+}
+
+#[test]
+fn a_reference_made_by_other_versions_is_refused_on_the_command_line() {
+    let (_keep, folder) = reference_copy();
+    let path = folder.join("manifest.json");
+    let mut manifest: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let pinned = manifest["packages"]["torch"].as_str().unwrap().to_owned();
+    manifest["packages"]["torch"] = "1.13.0".into();
+    fs::write(&path, manifest.to_string()).unwrap();
+    let both = predicate::str::contains("torch 1.13.0").and(predicate::str::contains(pinned));
+    evalfw(&["verify", "--engine", "candle-cpu", "--reference", folder.to_str().unwrap()])
+        .code(2)
+        .stderr(both);
+}
+
+#[test]
+fn a_manifest_that_does_not_say_what_made_the_reference_is_refused() {
+    type Spoil = fn(&Path, &mut serde_json::Value);
+    let without: [(Spoil, &[&str]); 5] = [
+        (|_, m| drop(m.as_object_mut().unwrap().remove("packages")), &["packages"]),
+        (|_, m| drop(m.as_object_mut().unwrap().remove("sources")), &["sources"]),
+        (|_, m| m["sources"] = serde_json::json!({}), &["sources is empty"]),
+        (|_, m| drop(m["packages"].as_object_mut().unwrap().remove("peft")), &["packages has no peft"]),
+        (|_, m| m["packages"]["xformers"] = "1".into(), &["xformers 1"]),
+    ];
+    for (spoil, words) in without {
+        let (_keep, folder) = reference_copy();
+        refused(&folder, spoil, words);
+    }
+}
+
+#[test]
+fn a_golden_file_that_is_not_listed_is_refused_by_name() {
+    let (_keep, folder) = reference_copy();
+    refused(
+        &folder,
+        |f, _| fs::write(f.join("golden/nf4/stray.json"), "{}").unwrap(),
+        &["stray.json", "not listed"],
+    );
+    let (_keep, folder) = reference_copy();
+    let unlisted = |_: &Path, manifest: &mut serde_json::Value| {
+        drop(manifest["golden"].as_object_mut().unwrap().remove("odd-2q2kv/losses.json"));
+    };
+    refused(&folder, unlisted, &["odd-2q2kv/losses.json", "not listed"]);
+}
+
+#[test]
+fn a_reference_that_says_too_little_is_refused() {
+    type Edit = fn(&mut serde_json::Value);
+    let cases: &[(&str, Edit, &[&str])] = &[
+        ("curves.json", |c| *c = serde_json::json!({}), &["no curve accumulation"]),
+        ("curves.json", |c| drop(c.as_object_mut().unwrap().remove("nf4")), &["no curve nf4"]),
+        (
+            "curves.json",
+            |c| c["adamw"]["steps"].as_array_mut().unwrap().truncate(19),
+            &["adamw", "19 steps of 20"],
+        ),
+        ("curves.json", |c| c["nf4"]["settings"]["quantization"] = "none".into(), &["nf4", "quantization"]),
+        (
+            "curves.json",
+            |c| c["clipping"]["settings"]["max_grad_norm"] = 1e9.into(),
+            &["clipping", "max_grad_norm"],
+        ),
+        (
+            "curves.json",
+            |c| c["clipping"]["steps"][3]["lines"] = serde_json::json!([99]),
+            &["clipping", "line 99"],
+        ),
+        (
+            "curves.json",
+            |c| c["accumulation"]["steps"][3]["lines"] = serde_json::json!([1]),
+            &["accumulation"],
+        ),
+        ("dropout.json", |d| d["steps"] = serde_json::json!([]), &["dropout.json: no steps"]),
+        ("dropout.json", |d| d["settings"]["lora_dropout"] = 0.0.into(), &["dropout.json: lora_dropout"]),
+        (
+            "losses.json",
+            |l| l["nf4"]["base"].as_array_mut().unwrap().truncate(1),
+            &["losses.json", "1 losses of"],
+        ),
+        (
+            "greedy.json",
+            |g| g[1] = serde_json::json!({"tokens": [], "gaps": []}),
+            &["greedy.json", "prompt 1"],
+        ),
+        ("greedy.json", |g| g[1]["gaps"][2] = (-1.0).into(), &["greedy.json", "gap 2"]),
+        // The first logits say otherwise, so that such a gap does not excuse every token.
+        ("greedy.json", |g| g[0]["gaps"][0] = 1e-9.into(), &["greedy.json", "logits.safetensors"]),
+        (
+            "prompts.json",
+            |p| p[2].as_array_mut().unwrap().push(1.into()),
+            &["logits.safetensors", "prompt_2"],
+        ),
+    ];
+    let (_keep, folder) = reference_copy();
+    for (file, edit, words) in cases {
+        let path = folder.join("golden/untied-6q3kv").join(file);
+        let original = fs::read_to_string(&path).unwrap();
+        let mut value = serde_json::from_str(&original).unwrap();
+        edit(&mut value);
+        let spoil = |_: &Path, _: &mut serde_json::Value| fs::write(&path, value.to_string()).unwrap();
+        refused(&folder, spoil, &[words, &["untied-6q3kv"][..]].concat());
+        fs::write(&path, original).unwrap();
+    }
 }

@@ -17,7 +17,7 @@ use crate::run::inputs::ModelInputs;
 use crate::run::progress::Progress;
 use crate::run::settings::Settings;
 use crate::run::{RunContext, execute};
-use crate::scenario::{Library, Scenario};
+use crate::scenario::{Library, Scenario, Suite};
 use crate::verify::reference::Reference;
 use crate::verify::{Scope, Verdict, verify};
 use crate::worker::WorkerCommand;
@@ -141,6 +141,9 @@ fn settings(args: &RunArgs) -> Result<Settings> {
     };
     let only = (!args.scenario.is_empty()).then_some(args.scenario.as_slice());
     let suite = library.suite(&args.suite, only)?;
+    if let Some(model) = &args.model {
+        check_model_is_used(model, &suite)?;
+    }
     for name in &args.engine {
         engines::find(name)?;
     }
@@ -160,6 +163,23 @@ fn settings(args: &RunArgs) -> Result<Settings> {
         data: args.data.clone().map(std::path::absolute).transpose()?,
         threads: args.threads,
     })
+}
+
+/// Scenarios that bring their own model leave the one that was asked for aside: better said than found out.
+fn check_model_is_used(model: &str, suite: &Suite) -> Result<()> {
+    let owns: BTreeMap<&str, &str> = suite
+        .cells
+        .iter()
+        .filter_map(|cell| Some((cell.scenario.kind(), cell.scenario.own_model()?)))
+        .collect();
+    for (kind, own) in &owns {
+        let reason = format!("the scenario {kind} brings its own model, {own}");
+        if suite.cells.iter().all(|cell| cell.scenario.own_model().is_some()) {
+            bail!("--model {model} would not be used: {reason}");
+        }
+        note(&format!("--model {model} is for the other scenarios: {reason}"));
+    }
+    Ok(())
 }
 
 /// A run must be resumable from any folder.

@@ -21,6 +21,7 @@ Examples:
 
 The reference was made by transformers, peft and bitsandbytes; tests/reference/README.md says how.
 Where more than one engine ran, the last entry compares their NF4 losses with each other.
+In JSON a deviation beyond all numbers (NaN, a value that is missing) is null, and `detail` says where.
 Exit codes: 0 all hold, 1 an engine is wrong or broke off, 2 bad input.";
 
 /// Check every engine against reference losses, logits and gradients
@@ -30,7 +31,7 @@ pub struct VerifyArgs {
     /// Only these engines [default: all that can run here]
     #[arg(long, value_delimiter = ',', value_name = "E,…")]
     engine: Vec<String>,
-    /// One model and no training curves, as `run` does before it measures
+    /// One model and the first steps of each training curve, as `run` does before it measures
     #[arg(long)]
     short: bool,
     /// Another reference: a folder with manifest.json and golden/

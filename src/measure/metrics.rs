@@ -50,13 +50,13 @@ pub struct TimeToTarget {
     pub seconds: f64,
 }
 
-/// `None` if no evaluation met the target.
+/// `None` if no evaluation met the target. One that was met before the first step took no steps and no time.
 pub fn time_to_target(samples: &Samples, target_loss: f64) -> Option<TimeToTarget> {
-    let trained = || samples.evaluations.iter().filter(|e| e.after_steps > 0);
-    let met = trained().find(|e| e.loss <= target_loss)?;
-    let training: f64 = samples.train.iter().filter(|s| s.step < met.after_steps).map(|s| s.seconds).sum();
-    let evaluating: f64 = trained().filter(|e| e.after_steps <= met.after_steps).map(|e| e.seconds).sum();
-    Some(TimeToTarget { steps: met.after_steps, seconds: training + evaluating })
+    let steps = samples.evaluations.iter().find(|e| e.loss <= target_loss)?.after_steps;
+    let training: f64 = samples.train.iter().filter(|s| s.step < steps).map(|s| s.seconds).sum();
+    let after_training = samples.evaluations.iter().filter(|e| (1..=steps).contains(&e.after_steps));
+    let evaluating: f64 = after_training.map(|e| e.seconds).sum();
+    Some(TimeToTarget { steps, seconds: training + evaluating })
 }
 
 /// Largest memory over all phases.
@@ -93,8 +93,8 @@ mod tests {
         };
         assert_eq!(time_to_target(&samples, 2.0), Some(TimeToTarget { steps: 4, seconds: 41.0 }));
         assert_eq!(time_to_target(&samples, 0.5), None);
-        // A model that knew it all before did not learn it.
-        assert_eq!(time_to_target(&samples, 6.0), Some(TimeToTarget { steps: 2, seconds: 20.5 }));
+        // Met before the first step.
+        assert_eq!(time_to_target(&samples, 5.0), Some(TimeToTarget { steps: 0, seconds: 0.0 }));
     }
 
     #[test]

@@ -191,9 +191,9 @@ fn refusal(status: u16, url: &str, id: &str, settings: &HubSettings) -> Option<E
 fn complete_snapshot(local: &CacheRepo) -> Option<Snapshot> {
     let config = local.get(CONFIG)?;
     let dir = config.parent()?.to_owned();
-    let weights: BTreeSet<String> = match dir.join(INDEX).exists() {
-        true => shards_of(&dir.join(INDEX)).ok()?,
-        false => [SINGLE.to_owned()].into(),
+    let weights: BTreeSet<String> = match dir.join(SINGLE).exists() {
+        true => [SINGLE.to_owned()].into(),
+        false => shards_of(&dir.join(INDEX)).ok()?,
     };
     let complete = weights.iter().all(|file| dir.join(file).exists()) && dir.join(TOKENIZER).exists();
     let commit = dir.file_name()?.to_str()?.to_owned();
@@ -235,7 +235,9 @@ impl Download<'_> {
             let problem = format!("the repository has no {file}");
             Err(hub_error(&self.remote.url(file), problem, "choose a model in safetensors format"))
         };
-        let weights = if offered.contains(INDEX) { INDEX } else { SINGLE };
+        // As transformers chooses where there are both.
+        let sharded = offered.contains(INDEX) && !offered.contains(SINGLE);
+        let weights = if sharded { INDEX } else { SINGLE };
         if let Some(file) = [CONFIG, TOKENIZER, weights].into_iter().find(|file| !offered.contains(file)) {
             return missing(file);
         }

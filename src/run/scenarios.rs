@@ -55,7 +55,13 @@ fn train(session: &mut Session<'_>, cell: &Cell, inputs: &ModelInputs) -> Result
     session.phase("attach");
     let training = scenario.training();
     session.call("attach adapter", AttachAdapter { adapter: files.adapter.clone(), training })?;
-    evaluate(session, files, 0)?;
+    let untrained = evaluate(session, files, 0)?;
+    if let Scenario::Quality(quality) = &cell.scenario
+        && untrained.is_some_and(|loss| loss <= quality.target_loss)
+    {
+        // There is nothing to train for, and no gradient to check.
+        return Ok(());
+    }
     match &cell.scenario {
         Scenario::Quality(quality) => train_to_target(session, quality, files, cell.seed)?,
         _ => {

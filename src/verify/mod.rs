@@ -4,6 +4,8 @@
 pub mod agreement;
 mod checks;
 mod compare;
+mod completeness;
+mod manifest;
 pub mod reference;
 mod session;
 pub mod tolerance;
@@ -22,7 +24,8 @@ use tolerance::Tolerances;
 pub enum Scope {
     /// Every model and every check.
     Full,
-    /// What `run` does before an engine's timings count: one model, without the curves.
+    /// What `run` does before an engine's timings count: one model, and the first
+    /// steps of each curve.
     Short,
 }
 

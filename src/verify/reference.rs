@@ -1,7 +1,8 @@
 //! The golden files: made by transformers, peft and bitsandbytes (see `tests/reference`), compiled in,
 //! and checked against their digests before anything is held against them.
 
-use super::Scope;
+use super::manifest::Manifest;
+use super::{Scope, completeness};
 use anyhow::{Context, Result, bail};
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::{AdapterTensors, read_tensors};
@@ -10,7 +11,6 @@ use include_dir::{Dir, include_dir};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -131,11 +131,6 @@ impl CurveSettings {
 }
 
 #[derive(Deserialize)]
-struct Manifest {
-    golden: BTreeMap<String, String>,
-}
-
-#[derive(Deserialize)]
 struct Greedy {
     tokens: Vec<u32>,
     gaps: Vec<f64>,
@@ -165,17 +160,13 @@ impl Reference {
     }
 
     fn read_golden(golden: &Path, manifest: &str) -> Result<Self> {
-        let manifest: Manifest = serde_json::from_str(manifest).context("manifest.json")?;
-        check_digests(golden, &manifest)?;
+        let manifest = Manifest::checked(manifest, golden)?;
         let mut models = Vec::new();
-        let names: std::collections::BTreeSet<&str> = manifest
-            .golden
-            .keys()
-            .filter_map(|file| file.split_once("/model/"))
-            .map(|(name, _)| name)
-            .collect();
-        for name in names {
-            models.push(ReferenceModel::read(name, &golden.join(name))?);
+        for name in manifest.models() {
+            let folder = golden.join(name);
+            let model = ReferenceModel::read(name, &folder)?;
+            completeness::check(&model).with_context(|| folder.display().to_string())?;
+            models.push(model);
         }
         if models.is_empty() {
             bail!("{}: no reference model", golden.display());
@@ -196,23 +187,6 @@ impl Reference {
             Scope::Short => short.into_iter().collect(),
         }
     }
-}
-
-/// An altered or missing golden file would let a wrong engine pass.
-fn check_digests(golden: &Path, manifest: &Manifest) -> Result<()> {
-    for (file, expected) in &manifest.golden {
-        let path = golden.join(file);
-        let bytes =
-            std::fs::read(&path).with_context(|| format!("{}: golden file is missing", path.display()))?;
-        let found: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
-        if &found != expected {
-            bail!(
-                "{}: golden file was altered: sha256 {found}, manifest.json has {expected}",
-                path.display()
-            );
-        }
-    }
-    Ok(())
 }
 
 impl ReferenceModel {

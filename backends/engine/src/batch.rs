@@ -67,7 +67,7 @@ impl Batch {
         targets
     }
 
-    /// Checks the shape and that every id is below `vocab_size`.
+    /// Checks the shape, that padding has no labels and that every id is below `vocab_size`.
     pub fn validate(&self, vocab_size: usize) -> std::result::Result<(), String> {
         let slots = self.sequence_length();
         if slots == 0 {
@@ -80,6 +80,16 @@ impl Batch {
             let labels = &self.labels[row];
             if ids.len() != slots || labels.len() != slots {
                 return Err(format!("example {row} does not have {slots} slots"));
+            }
+            let length = self.lengths[row];
+            if length > slots {
+                return Err(format!("example {row} has a length of {length}, but only {slots} slots"));
+            }
+            if let Some(index) = labels[length..].iter().position(|&label| label != IGNORE_INDEX) {
+                let slot = length + index;
+                return Err(format!(
+                    "example {row} has a label at slot {slot}, but its length is {length}: padding carries none"
+                ));
             }
             if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
                 return Err(format!("token id {id} is not below the vocabulary of {vocab_size}"));
@@ -148,6 +158,14 @@ mod tests {
     fn ids_beyond_the_vocabulary_are_refused() {
         assert!(batch().validate(12).is_ok());
         assert!(batch().validate(11).unwrap_err().contains("token id 11"));
+    }
+
+    #[test]
+    fn lengths_beyond_the_slots_and_labels_beyond_the_lengths_are_refused() {
+        let long = Batch { lengths: vec![5, 4], ..batch() };
+        assert_eq!(long.validate(12).unwrap_err(), "example 0 has a length of 5, but only 4 slots");
+        let padded = Batch { lengths: vec![3, 2], ..batch() };
+        assert!(padded.validate(12).unwrap_err().contains("example 1 has a label at slot 2"));
     }
 
     #[test]

@@ -15,7 +15,7 @@ const SINGLE_FILE: &str = "model.safetensors";
 /// The format's own limit (safetensors, `MAX_HEADER_SIZE`).
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// An opened checkpoint. Opening reads headers only; tensors are read by position into buffers of the
+/// An opened checkpoint. Opening reads headers only, but for a tied head's copy; tensors are read by position into buffers of the
 /// caller. Nothing stays mapped: mapped pages would count as memory of the engine, and a file cut
 /// short under a mapping would kill the process instead of giving an error.
 #[derive(Debug)]
@@ -68,6 +68,11 @@ impl ElementType {
     }
 }
 
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+/// Elements that are compared at a time.
+const PIECE: usize = 1 << 20;
+
 impl Checkpoint {
     /// Opens the folder and checks that every tensor of the configured model is there, whole, with the
     /// right shape and a floating-point type.
@@ -98,7 +103,35 @@ impl Checkpoint {
             };
             tensors.insert(name, Entry { file, offset, dtype, elements: shape.iter().product() });
         }
-        Ok(Self { dir: dir.to_owned(), config, tensors })
+        let checkpoint = Self { dir: dir.to_owned(), config, tensors };
+        if let Some(head) = found.remove(HEAD).filter(|_| checkpoint.config.tie_word_embeddings) {
+            checkpoint.check_tied(head)?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// The embedding is used for a tied head. A checkpoint with another head would be computed wrongly,
+    /// whichever of the two was meant; some writers store a copy, which says the same.
+    fn check_tied(&self, head: Found) -> Result<()> {
+        let differs = || {
+            let problem = format!("{HEAD} is not {EMBEDDING}, though config.json says tie_word_embeddings");
+            Error::file(&head.file, problem)
+        };
+        let embedding = self.entry(EMBEDDING)?;
+        let shape = [self.config.vocab_size, self.config.hidden_size];
+        if head.shape != shape || ElementType::parse(head.dtype) != Some(embedding.dtype) {
+            return Err(differs());
+        }
+        let entry = Entry { file: head.file.clone(), offset: head.offset, ..embedding.clone() };
+        let mut head = TensorReader::open(HEAD, &entry)?;
+        let mut embedding = TensorReader::open(EMBEDDING, embedding)?;
+        while head.remaining() > 0 {
+            let count = PIECE.min(head.remaining());
+            if head.read_bytes(count)? != embedding.read_bytes(count)? {
+                return Err(differs());
+            }
+        }
+        Ok(())
     }
 
     /// Bytes of all tensors of the model in the files.
@@ -121,21 +154,7 @@ impl Checkpoint {
 
     /// Opens a tensor for reading from its first element on.
     pub fn reader(&self, name: &str) -> Result<TensorReader> {
-        let entry = self.entry(name)?.clone();
-        let open = || {
-            let mut file = File::open(&entry.file)?;
-            file.seek(SeekFrom::Start(entry.offset))?;
-            Ok(file)
-        };
-        let file = open().map_err(|e: std::io::Error| Error::file(&entry.file, e))?;
-        Ok(TensorReader {
-            name: name.to_owned(),
-            remaining: entry.elements,
-            position: 0,
-            entry,
-            file,
-            bytes: Vec::new(),
-        })
+        TensorReader::open(name, self.entry(name)?)
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {
@@ -156,12 +175,34 @@ pub struct TensorReader {
 }
 
 impl TensorReader {
+    fn open(name: &str, entry: &Entry) -> Result<Self> {
+        let at_offset = || {
+            let mut file = File::open(&entry.file)?;
+            file.seek(SeekFrom::Start(entry.offset))?;
+            Ok(file)
+        };
+        let file = at_offset().map_err(|e: std::io::Error| Error::file(&entry.file, e))?;
+        Ok(Self {
+            name: name.to_owned(),
+            remaining: entry.elements,
+            position: 0,
+            entry: entry.clone(),
+            file,
+            bytes: Vec::new(),
+        })
+    }
+
     pub fn remaining(&self) -> usize {
         self.remaining
     }
 
     pub fn element_type(&self) -> ElementType {
         self.entry.dtype
+    }
+
+    /// Where the tensor is read from.
+    pub fn file(&self) -> &Path {
+        &self.entry.file
     }
 
     /// Reads the next `count` elements in the file's own type, little-endian.
@@ -221,16 +262,16 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// The safetensors files of the folder: those of the index, or the single one.
+/// The safetensors files of the folder: the single one, or those of the index. Where there are both,
+/// transformers takes the single one.
 fn shards(dir: &Path) -> Result<Vec<PathBuf>> {
     let index = dir.join(INDEX_FILE);
     let single = dir.join(SINGLE_FILE);
+    if single.exists() {
+        return Ok(vec![single]);
+    }
     if !index.exists() {
-        return if single.exists() {
-            Ok(vec![single])
-        } else {
-            Err(Error::file(dir, format_args!("has neither {SINGLE_FILE} nor {INDEX_FILE}")))
-        };
+        return Err(Error::file(dir, format_args!("has neither {SINGLE_FILE} nor {INDEX_FILE}")));
     }
     let text = std::fs::read_to_string(&index).map_err(|e| Error::file(&index, e))?;
     let parsed: Index = serde_json::from_str(&text).map_err(|e| Error::file(&index, e))?;
@@ -284,4 +325,114 @@ fn read_header(path: &Path, found: &mut BTreeMap<String, Found>) -> Result<()> {
         found.insert(name, tensor);
     }
     Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use safetensors::tensor::TensorView;
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    pub fn small(tied: bool) -> ModelConfig {
+        ModelConfig {
+            vocab_size: 6,
+            hidden_size: 4,
+            intermediate_size: 8,
+            num_hidden_layers: 1,
+            num_attention_heads: 2,
+            num_key_value_heads: 1,
+            head_dim: 2,
+            max_position_embeddings: 32,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1e4,
+            tie_word_embeddings: tied,
+        }
+    }
+
+    type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
+
+    /// A checkpoint on disk.
+    pub struct Folder {
+        folder: TempDir,
+        tensors: Tensors,
+    }
+
+    impl Folder {
+        pub fn new(config: &ModelConfig) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let mut json = serde_json::to_value(config).unwrap();
+            json["model_type"] = "qwen2".into();
+            std::fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
+            let values = |shape: &[usize]| (0..shape.iter().product()).map(|i| i as f32).collect();
+            let tensors = config.tensors().into_iter();
+            let tensors = tensors.map(|(name, shape)| (name, shape.clone(), values(&shape))).collect();
+            Self { folder, tensors }
+        }
+
+        pub fn path(&self) -> &Path {
+            self.folder.path()
+        }
+
+        /// The file that `write_shards` puts a tensor into: each its own.
+        pub fn shard_of(&self, tensor: &str) -> String {
+            format!("{tensor}.safetensors")
+        }
+
+        pub fn write_shards(&self, alter: impl Fn(&str, &mut [f32])) {
+            let mut weight_map = serde_json::Map::new();
+            for (name, shape, values) in &self.tensors {
+                let mut values = values.clone();
+                alter(name, &mut values);
+                let shard = self.shard_of(name);
+                write(&self.path().join(&shard), &[(name.clone(), shape.clone(), values)]);
+                weight_map.insert(name.clone(), shard.into());
+            }
+            let index = json!({ "weight_map": weight_map });
+            std::fs::write(self.path().join(INDEX_FILE), index.to_string()).unwrap();
+        }
+
+        fn write_single(&self, more: Tensors) {
+            let tensors: Tensors = self.tensors.iter().cloned().chain(more).collect();
+            write(&self.path().join(SINGLE_FILE), &tensors);
+        }
+    }
+
+    fn write(path: &Path, tensors: &[(String, Vec<usize>, Vec<f32>)]) {
+        let bytes: Vec<Vec<u8>> =
+            tensors.iter().map(|(_, _, v)| v.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
+        let views = tensors.iter().zip(&bytes).map(|((name, shape, _), bytes)| {
+            (name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
+        });
+        safetensors::serialize_to_file(views, None, path).unwrap();
+    }
+
+    #[test]
+    fn of_a_single_file_and_an_index_the_single_file_is_read_as_by_transformers() {
+        let folder = Folder::new(&small(false));
+        folder.write_shards(|_, _| ());
+        folder.write_single(Vec::new());
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let single = folder.path().join(SINGLE_FILE);
+        assert_eq!(checkpoint.files(), [single.as_path()].into());
+        std::fs::remove_file(single).unwrap();
+        let shards = small(false).tensors().len();
+        assert_eq!(Checkpoint::open(folder.path()).unwrap().files().len(), shards);
+    }
+
+    #[test]
+    fn a_tied_checkpoint_may_hold_a_copy_of_the_embedding_as_its_head_but_no_other_head() {
+        let folder = Folder::new(&small(true));
+        let copy: Vec<f32> = (0..24).map(|i| i as f32).collect();
+        folder.write_single(vec![(HEAD.into(), vec![6, 4], copy.clone())]);
+        Checkpoint::open(folder.path()).unwrap();
+
+        let mut other = copy.clone();
+        other[23] += 1.0;
+        for (shape, values) in [(vec![6, 4], other), (vec![4, 6], copy)] {
+            folder.write_single(vec![(HEAD.into(), shape, values)]);
+            let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
+            assert!(error.contains("model.safetensors: lm_head.weight is not"), "{error}");
+        }
+    }
 }

@@ -18,6 +18,7 @@ mod error;
 pub mod host;
 pub mod lora;
 pub mod nf4;
+mod peft_config;
 pub mod protocol;
 pub mod rope;
 pub mod serve;

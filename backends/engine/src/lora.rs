@@ -1,7 +1,7 @@
 //! LoRA adapters, on disk in the format of Hugging Face PEFT.
 
 use crate::config::ModelConfig;
-use crate::{Error, Result};
+use crate::{Error, Result, peft_config};
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
@@ -96,36 +96,10 @@ pub struct Adapter {
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 const CONFIG_FILE: &str = "adapter_config.json";
 
-/// `adapter_config.json`. Options that change the computation are read in order to refuse them.
-#[derive(Serialize, Deserialize)]
-struct PeftConfig {
-    peft_type: String,
-    task_type: Option<String>,
-    base_model_name_or_path: Option<String>,
-    r: usize,
-    lora_alpha: f64,
-    #[serde(default)]
-    lora_dropout: f32,
-    #[serde(default)]
-    bias: Option<String>,
-    #[serde(default)]
-    fan_in_fan_out: bool,
-    #[serde(default)]
-    use_rslora: bool,
-    #[serde(default)]
-    use_dora: bool,
-    #[serde(default)]
-    target_modules: serde_json::Value,
-    #[serde(default)]
-    modules_to_save: Option<Vec<String>>,
-    #[serde(default)]
-    inference_mode: bool,
-}
-
 impl Adapter {
     /// Reads a PEFT adapter folder and checks it against the model it is for.
     pub fn read(dir: &Path, model: &ModelConfig) -> Result<Self> {
-        let config = read_config(&dir.join(CONFIG_FILE))?;
+        let config = peft_config::read(&dir.join(CONFIG_FILE), model)?;
         let tensors = read_tensors(&dir.join(WEIGHTS_FILE), model, config.r)?;
         Ok(Self { config, tensors })
     }
@@ -134,25 +108,9 @@ impl Adapter {
     /// for the reader's information.
     pub fn write(&self, dir: &Path, base_model: &str) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|e| Error::file(dir, e))?;
-        let modules: Vec<_> = Target::ALL.iter().map(|t| t.module()).collect();
-        let config = PeftConfig {
-            peft_type: "LORA".into(),
-            task_type: Some("CAUSAL_LM".into()),
-            base_model_name_or_path: Some(base_model.into()),
-            r: self.config.r,
-            lora_alpha: self.config.lora_alpha,
-            lora_dropout: self.config.lora_dropout,
-            bias: Some("none".into()),
-            fan_in_fan_out: false,
-            use_rslora: false,
-            use_dora: false,
-            target_modules: modules.into(),
-            modules_to_save: None,
-            inference_mode: true,
-        };
         let path = dir.join(CONFIG_FILE);
-        let text = serde_json::to_string_pretty(&config).map_err(|e| Error::file(&path, e))?;
-        std::fs::write(&path, text).map_err(|e| Error::file(&path, e))?;
+        std::fs::write(&path, peft_config::to_json(&self.config, base_model))
+            .map_err(|e| Error::file(&path, e))?;
         write_tensors(&dir.join(WEIGHTS_FILE), &self.tensors, self.config.r)
     }
 
@@ -211,43 +169,6 @@ pub fn write_tensors(path: &Path, tensors: &AdapterTensors, r: usize) -> Result<
 
 fn tensor_name(layer: usize, target: Target, factor: char) -> String {
     format!("base_model.model.model.layers.{layer}.{}.lora_{factor}.weight", target.path())
-}
-
-fn read_config(path: &Path) -> Result<LoraConfig> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
-    let raw: PeftConfig = serde_json::from_str(&text).map_err(|e| Error::file(path, e))?;
-    let refuse = |field: &str| Err(Error::file(path, format_args!("{field} is not supported")));
-    if raw.peft_type != "LORA" {
-        return Err(Error::file(
-            path,
-            format_args!("peft_type is {}, but only LORA is supported", raw.peft_type),
-        ));
-    }
-    if raw.use_dora {
-        return refuse("use_dora");
-    }
-    if raw.use_rslora {
-        return refuse("use_rslora");
-    }
-    if raw.fan_in_fan_out {
-        return refuse("fan_in_fan_out");
-    }
-    if raw.bias.is_some_and(|bias| bias != "none") {
-        return refuse("bias other than none");
-    }
-    if raw.modules_to_save.is_some_and(|modules| !modules.is_empty()) {
-        return refuse("modules_to_save");
-    }
-    if raw.r == 0 {
-        return Err(Error::file(path, "r is 0"));
-    }
-    if !(0.0..1.0).contains(&raw.lora_dropout) {
-        return Err(Error::file(
-            path,
-            format_args!("lora_dropout is {}, which is not in [0, 1)", raw.lora_dropout),
-        ));
-    }
-    Ok(LoraConfig { r: raw.r, lora_alpha: raw.lora_alpha, lora_dropout: raw.lora_dropout })
 }
 
 fn read_tensor(

@@ -194,6 +194,30 @@ impl Default for TrainingConfig {
     }
 }
 
+impl TrainingConfig {
+    /// As `torch.optim.AdamW` checks its arguments, and `clip_grad_norm_` cannot: the message names the field.
+    pub fn check(&self) -> Result<()> {
+        let finite_and = |holds: fn(f64) -> bool| move |value: f64| value.is_finite() && holds(value);
+        let not_negative = finite_and(|value| value >= 0.0);
+        let positive = finite_and(|value| value > 0.0);
+        let decay_rate = |value: f64| (0.0..1.0).contains(&value);
+        let fields = [
+            ("learning_rate", self.learning_rate, not_negative(self.learning_rate), "at least 0"),
+            ("beta1", self.beta1, decay_rate(self.beta1), "in [0, 1)"),
+            ("beta2", self.beta2, decay_rate(self.beta2), "in [0, 1)"),
+            ("epsilon", self.epsilon, positive(self.epsilon), "above 0"),
+            ("weight_decay", self.weight_decay, not_negative(self.weight_decay), "at least 0"),
+        ];
+        let clipping = self.max_grad_norm.map(|norm| ("max_grad_norm", norm, positive(norm), "above 0"));
+        match fields.into_iter().chain(clipping).find(|(_, _, holds, _)| !holds) {
+            Some((field, value, _, range)) => {
+                Err(Error::protocol(format_args!("training: {field} is {value}, but must be {range}")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct AttachAdapter {
     /// A PEFT adapter folder: the initialisation is the harness's.
@@ -318,6 +342,32 @@ impl Response {
         match outcome {
             Ok(result) => Self { id, result: Some(result), error: None },
             Err(error) => Self { id, result: None, error: Some(error) },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_that_adamw_cannot_train_with_are_refused_by_field() {
+        let default = TrainingConfig::default;
+        default().check().unwrap();
+        TrainingConfig { learning_rate: 0.0, weight_decay: 0.0, max_grad_norm: Some(1.0), ..default() }
+            .check()
+            .unwrap();
+        for (field, config) in [
+            ("learning_rate", TrainingConfig { learning_rate: -1.0, ..default() }),
+            ("learning_rate", TrainingConfig { learning_rate: f64::NAN, ..default() }),
+            ("beta1", TrainingConfig { beta1: 1.0, ..default() }),
+            ("beta2", TrainingConfig { beta2: -0.1, ..default() }),
+            ("epsilon", TrainingConfig { epsilon: 0.0, ..default() }),
+            ("weight_decay", TrainingConfig { weight_decay: f64::INFINITY, ..default() }),
+            ("max_grad_norm", TrainingConfig { max_grad_norm: Some(0.0), ..default() }),
+        ] {
+            let error = config.check().unwrap_err();
+            assert!(matches!(&error, Error::Protocol { message } if message.contains(field)), "{error}");
         }
     }
 }

@@ -190,12 +190,19 @@ impl<'a> Worker<'a> {
                 || Error::file(&wanted.file, format_args!("has {} lines, line {line} asked for", all.len()));
             all.get(line).cloned().ok_or_else(missing)
         };
-        wanted.lines.iter().map(pick).collect()
+        let batches: Vec<Batch> = wanted.lines.iter().map(pick).collect::<Result<_>>()?;
+        // A row without an answer, or a micro-batch, adds nothing to the sum; of nothing there is no mean.
+        if batches.iter().all(|batch| batch.trained_tokens() == 0) {
+            let problem = format!("no position of the lines {:?} has a loss", wanted.lines);
+            return Err(Error::file(&wanted.file, problem));
+        }
+        Ok(batches)
     }
 }
 
 impl Session {
     fn attach_adapter(&mut self, call: &AttachAdapter) -> Result<AdapterAttached> {
+        call.training.check()?;
         let adapter = Adapter::read(&call.adapter, &self.config)?;
         self.model.attach_adapter(&adapter, &call.training)?;
         self.model.synchronize()?;
@@ -227,7 +234,7 @@ impl Session {
         let evaluation = self.model.evaluate(batches)?;
         self.model.synchronize()?;
         let seconds = start.elapsed().as_secs_f64();
-        let loss = evaluation.loss_sum / evaluation.tokens.max(1) as f64;
+        let loss = evaluation.loss_sum / evaluation.tokens as f64;
         finite("evaluation loss", loss)?;
         Ok(EvaluationReport { loss, tokens: evaluation.tokens, seconds })
     }

@@ -165,7 +165,7 @@ impl<'a> WeightLoader<'a> {
                 .zip(bytes.par_chunks(1024 * BLOCK * width))
                 .for_each(|(values, bytes)| widen(dtype, bytes, values));
             if values.par_iter().any(|v| !v.is_finite()) {
-                return Err(not_finite(name));
+                return Err(not_finite(name, &reader));
             }
             builder.push(values);
             self.times.quantize_seconds += start.elapsed().as_secs_f64();
@@ -192,11 +192,43 @@ where
         values.extend(bytes.as_chunks::<N>().0.iter().map(|b| parse(*b)));
     }
     if values.par_iter().any(|v| !finite(*v)) {
-        return Err(not_finite(name));
+        return Err(not_finite(name, reader));
     }
     Ok(values)
 }
 
-fn not_finite(name: &str) -> Error {
-    Error::input(format_args!("{name} holds a value that is NaN or infinite"))
+fn not_finite(name: &str, reader: &TensorReader) -> Error {
+    Error::file(reader.file(), format_args!("{name} holds a value that is NaN or infinite"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::tests::{Folder, small};
+
+    #[test]
+    fn a_value_that_is_not_finite_is_refused_by_file_and_tensor() {
+        let norm = "model.norm.weight";
+        let projection = "model.layers.0.mlp.up_proj.weight";
+        for (tensor, quantization) in
+            [(projection, Quantization::None), (projection, Quantization::Nf4), (norm, Quantization::Nf4)]
+        {
+            let folder = Folder::new(&small(false));
+            folder.write_shards(|name, values| {
+                if name == tensor {
+                    values[1] = f32::NAN;
+                }
+            });
+            let checkpoint = Checkpoint::open(folder.path()).unwrap();
+            let mut times = LoadTimes::default();
+            let mut loader = WeightLoader::new(&checkpoint, quantization, &mut times);
+            let error = match tensor == norm {
+                true => loader.final_norm().unwrap_err(),
+                false => loader.projection(0, Target::Up).unwrap_err(),
+            };
+            let message = error.to_string();
+            let shard = folder.shard_of(tensor);
+            assert!(message.contains(tensor) && message.contains(&shard), "{message}");
+        }
+    }
 }

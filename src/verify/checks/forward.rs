@@ -2,7 +2,7 @@
 
 use super::Bench;
 use crate::verify::compare::{Deviation, relative_to_largest};
-use crate::verify::reference::{Prompt, read_f32};
+use crate::verify::reference::{GreedyToken, Prompt, read_f32};
 use crate::verify::session::Broken;
 use evalfw_engine::protocol::{Decode, Logits, Prefill, TrainingConfig};
 
@@ -31,34 +31,26 @@ impl Bench<'_> {
     }
 
     /// Counts wrong tokens. The cache is filled with the reference's tokens, so that each token is judged
-    /// by itself. One is excused where the reference's two best logits are closer than the tolerance.
+    /// by itself.
     fn continuation(&mut self, prompt: &Prompt) -> Result<Deviation, Broken> {
         let largest = prompt.logits.iter().fold(0f64, |largest, l| largest.max(f64::from(l.abs())));
         let excused_below = self.tolerances.logits * largest;
-        let (mut wrong, mut excused) = (0, 0);
-        let mut got = self.session.call("prefill", Prefill { tokens: prompt.tokens.clone() })?.next;
-        for (index, expected) in prompt.continuation.iter().enumerate() {
-            if index > 0 {
-                let first = prompt.continuation[index - 1].token;
-                let decoded = self.session.call("decode", Decode { first, steps: 1 })?.tokens;
-                let one = decoded.first().copied().ok_or("decode gave no token");
-                got = self.session.harness("decode", one)?;
-            }
-            if got != expected.token {
-                let tie = expected.gap < excused_below;
-                *if tie { &mut excused } else { &mut wrong } += 1;
-            }
+        let first = self.session.call("prefill", Prefill { tokens: prompt.tokens.clone() })?.next;
+        let mut got = vec![first];
+        for previous in prompt.continuation.iter().take(prompt.continuation.len() - 1) {
+            let call = Decode { first: previous.token, steps: 1 };
+            let decoded = self.session.call("decode", call)?.tokens;
+            let one = decoded.first().copied().ok_or("decode gave no token");
+            got.push(self.session.harness("decode", one)?);
         }
-        let count = prompt.continuation.len();
-        let mut place = format!(
-            "after a prompt of {}: {} of {count} agree",
-            prompt.tokens.len(),
-            count - wrong - excused
-        );
+        let Judged { wrong, excused } = judge(&got, &prompt.continuation, excused_below);
+        let count = got.len();
+        let agreed = count - wrong - excused;
+        let mut place = format!("after a prompt of {}: {agreed} of {count} agree", prompt.tokens.len());
         if excused > 0 {
             place += &format!(", {excused} between logits closer than {excused_below:.1e}");
         }
-        Ok(Deviation::new(f64::from(u32::try_from(wrong).unwrap_or(u32::MAX)), place))
+        Ok(Deviation::new(wrong as f64, place))
     }
 
     pub fn losses(&mut self) -> Result<(), Broken> {
@@ -70,5 +62,54 @@ impl Bench<'_> {
         self.batch_losses("losses with adapter", &expected.adapter, tolerance)?;
         self.attach(&model.trained_adapter, TrainingConfig::default())?;
         self.batch_losses("losses with an adapter trained by PEFT", &expected.trained_adapter, tolerance)
+    }
+}
+
+struct Judged {
+    wrong: usize,
+    excused: usize,
+}
+
+/// A token that differs is excused where the reference's two best logits are closer than the tolerance, as
+/// long as another token of the prompt agrees: gaps that excuse all of them would judge nothing.
+fn judge(got: &[u32], expected: &[GreedyToken], excused_below: f64) -> Judged {
+    let mut judged = Judged { wrong: 0, excused: 0 };
+    for (got, expected) in got.iter().zip(expected) {
+        if *got != expected.token {
+            // A gap of 0 is no near tie: the reference would not have chosen.
+            let near_tie = expected.gap > 0.0 && expected.gap < excused_below;
+            *if near_tie { &mut judged.excused } else { &mut judged.wrong } += 1;
+        }
+    }
+    match judged.excused == expected.len() {
+        true => Judged { wrong: expected.len(), excused: 0 },
+        false => judged,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// (wrong, excused) for the tokens 1, 2, 3 with these gaps, and a tolerance of 0.1.
+    fn judged(got: [u32; 3], gaps: [f64; 3]) -> (usize, usize) {
+        let expected: Vec<GreedyToken> =
+            [1, 2, 3].into_iter().zip(gaps).map(|(token, gap)| GreedyToken { token, gap }).collect();
+        let Judged { wrong, excused } = judge(&got, &expected, 0.1);
+        (wrong, excused)
+    }
+
+    #[test]
+    fn a_near_tie_excuses_its_token_only() {
+        assert_eq!(judged([1, 2, 3], [1.0, 1.0, 1.0]), (0, 0));
+        assert_eq!(judged([1, 9, 3], [1.0, 0.05, 1.0]), (0, 1));
+        assert_eq!(judged([9, 9, 3], [1.0, 0.05, 1.0]), (1, 1));
+        assert_eq!(judged([1, 9, 3], [1.0, 0.0, 1.0]), (1, 0));
+    }
+
+    #[test]
+    fn gaps_do_not_excuse_every_token_of_a_prompt() {
+        assert_eq!(judged([9, 9, 9], [0.05; 3]), (3, 0));
+        assert_eq!(judged([1, 9, 9], [0.05; 3]), (0, 2));
     }
 }

@@ -54,14 +54,11 @@ impl Bench<'_> {
         if exact {
             self.dropout_gradients()?;
         }
-        if scope == Scope::Short {
-            return Ok(());
-        }
-        if exact {
+        if exact && scope == Scope::Full {
             self.finite_differences()?;
             self.dropout()?;
         }
-        self.curves()
+        self.curves(scope)
     }
 
     fn report(&mut self, name: &str, deviation: Deviation, tolerance: f64) {
