@@ -169,6 +169,28 @@ fn a_step_without_a_supervised_position_has_no_gradient() {
 }
 
 #[test]
+fn kept_activations_change_no_gradient() {
+    let config = config(true);
+    let mut model = random_model(&config);
+    let batches = [batch(1, &[9, 6], 9, config.vocab_size), batch(2, &[9, 4], 9, config.vocab_size)];
+    // Nothing, one of the blocks, all of them.
+    let widths = config.num_attention_heads + 2 * config.num_key_value_heads;
+    let block = 4 * 18 * (widths * config.head_dim + config.hidden_size + 2 * config.intermediate_size);
+    let gradients = [0, block, 100 * block].map(|bytes| {
+        let training = TrainingConfig { kept_activation_bytes: bytes as u64, ..TrainingConfig::default() };
+        model.attach_adapter(&adapter(&config, 0.1), &training).unwrap();
+        model.gradients(&step(&batches)).unwrap()
+    });
+    let (result, expected) = &gradients[0];
+    for (other_result, other) in &gradients {
+        assert_eq!((result.loss, result.grad_norm), (other_result.loss, other_result.grad_norm));
+        for (place, pair) in expected {
+            assert_eq!((&pair.a, &pair.b), (&other[place].a, &other[place].b), "{place:?}");
+        }
+    }
+}
+
+#[test]
 fn training_reduces_the_loss() {
     let config = config(false);
     let mut model = random_model(&config);
