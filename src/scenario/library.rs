@@ -32,6 +32,7 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("suites/quick.toml", include_str!("../../scenarios/suites/quick.toml")),
     ("suites/default.toml", include_str!("../../scenarios/suites/default.toml")),
     ("suites/full.toml", include_str!("../../scenarios/suites/full.toml")),
+    ("suites/large.toml", include_str!("../../scenarios/suites/large.toml")),
 ];
 
 impl Library {
@@ -264,7 +265,7 @@ mod tests {
     #[test]
     fn an_unknown_suite_or_scenario_lists_what_there_is() {
         let library = Library::built_in();
-        assert!(error(&library, "quik").contains("default, full, quick"));
+        assert!(error(&library, "quik").contains("default, full, large, quick"));
         let message = format!("{:#}", library.suite("quick", Some(&["trian".into()])).unwrap_err());
         assert!(message.contains("trian") && message.contains("infer, load, quality, train"), "{message}");
     }

@@ -44,7 +44,7 @@ impl CandleModel {
         let x = network.forward(tokens, &pass, Some(&mut self.sequence.caches))?;
         self.sequence.position += tokens.len();
         let last = network.norm(&x.narrow(0, tokens.len() - 1, 1)?)?;
-        network.head.product(&last)?.flatten_all()?.argmax(0)?.to_scalar()
+        network.head.argmax(&last)
     }
 
     fn all_logits(&self, tokens: &[u32]) -> candle_core::Result<Vec<f32>> {

@@ -18,6 +18,16 @@ for_this_cpu! {
 }
 
 for_this_cpu! {
+    /// Σ aᵢ bᵢ, where `a` is made f32 on the way.
+    pub fn dot_i8(a: &[i8], b: &[f32]) -> f32 = dot_integers
+}
+
+#[inline(always)]
+fn dot_integers(a: &[i8], b: &[f32]) -> f32 {
+    dot_body(a, b, f32::from)
+}
+
+for_this_cpu! {
     /// Widens all of `values`.
     pub fn widen_all_bf16(values: &[bf16], out: &mut [f32]) -> () = widen_all
 }

@@ -4,11 +4,13 @@
 //! - [`vector`]: one row of activations, as in decoding; bound by reading the matrix once
 //! - [`product`]: many rows, as in prefill and training; bound by arithmetic. Each weight is widened once
 //!   for each product, into a tile that stays in the cache of the core that uses it
+//! - `argmax`: the largest row of a product, as greedy decoding wants it
 //! - [`elementwise`]: loops with an exponential
 //! - [`level`]: the instruction sets, found at run time
 //!
 //! Nothing here knows a framework: engines call it from their own extension points.
 
+mod argmax;
 mod dot;
 pub mod elementwise;
 pub mod level;

@@ -1,5 +1,6 @@
 //! Frozen matrices in the host's memory.
 
+use crate::argmax::Screen;
 use crate::dot::widen_all_bf16;
 use crate::level::has_bf16_products;
 use crate::{nf4, product, vector};
@@ -7,12 +8,15 @@ use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
 use evalfw_engine::weights::{DenseData, Weight};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use std::sync::OnceLock;
 
 /// `[out_features, in_features]`, or `[vocab_size, hidden_size]`, in the form in which it is stored.
 pub struct HostMatrix {
     pub(crate) shape: [usize; 2],
     pub(crate) elements: Elements,
     pub(crate) products: Products,
+    /// Made when it is first asked for: who only trains has no use for it.
+    screen: OnceLock<Screen>,
 }
 
 /// The type of the factors of a product with many rows. Sums are in f32.
@@ -45,7 +49,7 @@ impl HostMatrix {
             }
         };
         let products = if has_bf16_products() { products } else { Products::F32 };
-        Self { shape, elements, products }
+        Self { shape, elements, products, screen: OnceLock::new() }
     }
 
     pub fn shape(&self) -> [usize; 2] {
@@ -63,6 +67,11 @@ impl HostMatrix {
     /// `out += y · W` for row-major `y` `[rows, out_features]`.
     pub fn add_transposed_product(&self, y: &[f32], out: &mut [f32]) {
         product::add_transposed_product(self, y, out);
+    }
+
+    /// The first row whose product with `x` is the largest; `None` if a product is not a number.
+    pub fn argmax(&self, x: &[f32]) -> Option<usize> {
+        self.screen.get_or_init(|| Screen::new(self)).argmax(self, x)
     }
 
     /// Looks up rows, widened.

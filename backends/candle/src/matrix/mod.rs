@@ -54,6 +54,21 @@ impl FrozenMatrix {
         }
     }
 
+    /// The first row whose product with `x` `[1, in_features]` is the largest.
+    pub fn argmax(&self, x: &Tensor) -> Result<u32> {
+        match self {
+            Self::Host(matrix) => {
+                let x = CpuValues::new(x)?;
+                check_width(x.slice()?.len(), matrix.shape()[1])?;
+                match matrix.argmax(x.slice()?) {
+                    Some(row) => Ok(row as u32),
+                    None => bail!("a logit is not a number"),
+                }
+            }
+            Self::Device(matrix) => matrix.product(&x.detach())?.flatten_all()?.argmax(0)?.to_scalar(),
+        }
+    }
+
     /// `y · W` for `y` `[rows, out_features]`: how a gradient passes through.
     pub fn transposed_product(&self, y: &Tensor) -> Result<Tensor> {
         let (rows, _) = y.dims2()?;
