@@ -70,19 +70,13 @@ impl Bench {
 
 /// Two rows, right-padded, with labels on the second half of each.
 fn batch(config: &ModelConfig, rng: &mut impl Rng) -> Batch {
-    let slots = 19;
-    let lengths = vec![slots, 14];
-    let mut batch = Batch { input_ids: Vec::new(), labels: Vec::new(), lengths: lengths.clone() };
-    for length in lengths {
-        let mut ids: Vec<u32> = (0..length).map(|_| rng.random_range(0..config.vocab_size as u32)).collect();
+    let row = |length: usize| {
+        let ids: Vec<u32> = (0..length).map(|_| rng.random_range(0..config.vocab_size as u32)).collect();
         let mut labels: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
         labels[..length / 2].fill(IGNORE_INDEX);
-        ids.resize(slots, 0);
-        labels.resize(slots, IGNORE_INDEX);
-        batch.input_ids.push(ids);
-        batch.labels.push(labels);
-    }
-    batch
+        (ids, labels)
+    };
+    Batch::right_padded([19, 14].map(row), 19)
 }
 
 /// A worker with the model loaded.

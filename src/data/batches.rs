@@ -108,23 +108,9 @@ fn random_tokens(random: &mut ChaCha8Rng, vocab_size: usize, count: usize) -> Ve
 }
 
 fn pad(rows: &[Row], slots: usize) -> PreparedBatch {
-    let padded = |values: &[i64], fill: i64| {
-        let mut values = values.to_vec();
-        values.resize(slots, fill);
-        values
-    };
-    let ids = |row: &Row| {
-        let mut ids = row.ids.clone();
-        // Any id will do: nothing that counts can see it.
-        ids.resize(slots, 0);
-        ids
-    };
+    let values = rows.iter().map(|row| (row.ids.clone(), row.labels.clone()));
     PreparedBatch {
-        batch: Batch {
-            input_ids: rows.iter().map(ids).collect(),
-            labels: rows.iter().map(|r| padded(&r.labels, IGNORE_INDEX)).collect(),
-            lengths: rows.iter().map(|r| r.ids.len()).collect(),
-        },
+        batch: Batch::right_padded(values, slots),
         examples: rows.iter().map(|r| r.examples).sum(),
     }
 }

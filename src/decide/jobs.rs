@@ -89,8 +89,8 @@ pub fn arrange(cells: &[CellRecord]) -> Vec<Job<'_>> {
 
 /// The jobs that engines are compared on in memory and speed. A scenario with a model of its own asks
 /// something else.
-pub fn compared(cells: &[CellRecord]) -> Vec<Job<'_>> {
-    arrange(cells).into_iter().filter(|j| j.parameters.own_model().is_none()).collect()
+pub fn compared<'a>(jobs: &[Job<'a>]) -> Vec<Job<'a>> {
+    jobs.iter().filter(|j| j.parameters.own_model().is_none()).cloned().collect()
 }
 
 /// The models of the jobs, from small to large.

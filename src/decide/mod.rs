@@ -11,7 +11,7 @@ pub mod value;
 
 use crate::record::CellRecord;
 use criteria::Criteria;
-use jobs::{Job, compared, is_software_adapter, models};
+use jobs::{Job, arrange, compared, is_software_adapter, models};
 use ranking::Ranking;
 use serde::Serialize;
 
@@ -38,7 +38,7 @@ impl Decision {
 }
 
 pub fn decide(cells: &[CellRecord], criteria: &Criteria) -> Decision {
-    let all = compared(cells);
+    let all = compared(&arrange(cells));
     let mut software_adapters: Vec<String> =
         all.iter().map(|j| j.engine).filter(|e| is_software_adapter(cells, e)).map(str::to_owned).collect();
     software_adapters.sort();

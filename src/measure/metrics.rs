@@ -52,11 +52,18 @@ pub struct TimeToTarget {
 
 /// `None` if no evaluation met the target. One that was met before the first step took no steps and no time.
 pub fn time_to_target(samples: &Samples, target_loss: f64) -> Option<TimeToTarget> {
-    let steps = samples.evaluations.iter().find(|e| e.loss <= target_loss)?.after_steps;
-    let training: f64 = samples.train.iter().filter(|s| s.step < steps).map(|s| s.seconds).sum();
-    let after_training = samples.evaluations.iter().filter(|e| (1..=steps).contains(&e.after_steps));
-    let evaluating: f64 = after_training.map(|e| e.seconds).sum();
-    Some(TimeToTarget { steps, seconds: training + evaluating })
+    evaluation_curve(samples).find(|(_, loss)| *loss <= target_loss).map(|(time, _)| time)
+}
+
+/// The time at which each evaluation ended, and its loss.
+pub fn evaluation_curve(samples: &Samples) -> impl Iterator<Item = (TimeToTarget, f64)> {
+    samples.evaluations.iter().map(|evaluation| {
+        let steps = evaluation.after_steps;
+        let training: f64 = samples.train.iter().filter(|s| s.step < steps).map(|s| s.seconds).sum();
+        let after_training = samples.evaluations.iter().filter(|e| (1..=steps).contains(&e.after_steps));
+        let evaluating: f64 = after_training.map(|e| e.seconds).sum();
+        (TimeToTarget { steps, seconds: training + evaluating }, evaluation.loss)
+    })
 }
 
 /// Largest memory over all phases.

@@ -3,7 +3,7 @@
 use super::format::plain;
 use crate::decide::figures::Footprint;
 use crate::decide::jobs::{Job, reference_scenario};
-use crate::record::Samples;
+use crate::measure::metrics::evaluation_curve;
 use crate::scenario::Scenario;
 use anyhow::{Result, anyhow};
 use evalfw_engine::protocol::Quantization;
@@ -186,10 +186,11 @@ pub fn quality(jobs: &[&Job], engines: &[&str]) -> Result<Option<Chart>> {
     };
     let of_job = |job: &&Job| {
         let cell = job.ok().find(|c| c.samples.evaluations.len() > 1)?;
+        let points = evaluation_curve(&cell.samples).map(|(time, loss)| (time.seconds, loss));
         Some(Series {
             name: job.engine.to_owned(),
             style: style_of(job.engine, engines),
-            points: evaluation_curve(&cell.samples),
+            points: points.filter(|p| p.1.is_finite()).collect(),
         })
     };
     let series: Vec<Series> = jobs.iter().filter_map(of_job).collect();
@@ -214,23 +215,6 @@ pub fn quality(jobs: &[&Job], engines: &[&str]) -> Result<Option<Chart>> {
     };
     let subject = job.scenario.trim_start_matches("quality-");
     draw(&plot, Kind::Quality, subject).map(Some)
-}
-
-/// (seconds, loss) of each evaluation; the clock starts with the first step.
-fn evaluation_curve(samples: &Samples) -> Vec<(f64, f64)> {
-    let mut clock = 0.0;
-    let mut trained = 0;
-    let mut curve = Vec::new();
-    for evaluation in samples.evaluations.iter().filter(|e| e.loss.is_finite()) {
-        let steps = samples.train.iter().filter(|s| (trained..evaluation.after_steps).contains(&s.step));
-        clock += steps.map(|s| s.seconds).sum::<f64>();
-        if evaluation.after_steps > 0 {
-            clock += evaluation.seconds;
-        }
-        trained = evaluation.after_steps;
-        curve.push((clock, evaluation.loss));
-    }
-    curve
 }
 
 fn reference_jobs<'j, 'a>(jobs: &'j [Job<'a>], model: &str) -> Vec<&'j Job<'a>> {

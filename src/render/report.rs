@@ -17,7 +17,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{UndefinedBehavior, context};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::Path;
 
@@ -105,7 +105,7 @@ impl Findings {
     pub fn of(cells: &[CellRecord], lines: &Lines, criteria: Criteria) -> Self {
         let decision = decide(cells, &criteria);
         let all = arrange(cells);
-        let jobs = compared(cells);
+        let jobs = compared(&all);
         let of_jobs = |jobs: &[Job]| -> Vec<ModelRecord> { models(jobs).into_iter().cloned().collect() };
         let models = of_jobs(&jobs);
         let tables = |software: bool| {
@@ -136,7 +136,7 @@ impl Findings {
 /// other engine ran; the losses of all engines are numerics and stand on one axis.
 fn draw(cells: &[CellRecord], decision: &Decision) -> Result<Vec<Chart>> {
     let all_jobs = arrange(cells);
-    let jobs = compared(cells);
+    let jobs = compared(&all_jobs);
     let comparable: Vec<Job> = jobs.iter().filter(|j| !decision.is_software(j.engine)).cloned().collect();
     // Those that are compared come first and get the colours that differ most.
     let mut engines: Vec<&str> =
@@ -150,14 +150,11 @@ fn draw(cells: &[CellRecord], decision: &Decision) -> Result<Vec<Chart>> {
         all.extend(charts::memory(memory_jobs, model, &engines, decision.memory_target_bytes)?);
         all.extend(charts::loss(&jobs, model, &engines)?);
     }
-    for job in all_jobs.iter().filter(|j| j.parameters.own_model().is_some()) {
-        let same = |j: &&Job| j.model.name == job.model.name && j.scenario == job.scenario;
-        let is_first = all_jobs.iter().find(same).is_some_and(|first| first.engine == job.engine);
-        if is_first {
-            let jobs: Vec<&Job> =
-                all_jobs.iter().filter(same).filter(|j| !decision.is_software(j.engine)).collect();
-            all.extend(charts::quality(&jobs, &engines)?);
-        }
+    let is_drawn = |j: &&Job| j.is_kind("quality") && !decision.is_software(j.engine);
+    let quality: Vec<&Job> = all_jobs.iter().filter(is_drawn).collect();
+    for scenario in quality.iter().map(|j| j.scenario).collect::<BTreeSet<_>>() {
+        let jobs: Vec<&Job> = quality.iter().copied().filter(|j| j.scenario == scenario).collect();
+        all.extend(charts::quality(&jobs, &engines)?);
     }
     Ok(all)
 }

@@ -56,13 +56,9 @@ fn train(session: &mut Session<'_>, cell: &Cell, inputs: &ModelInputs) -> Result
     let training = scenario.training();
     session.call("attach adapter", AttachAdapter { adapter: files.adapter.clone(), training })?;
     let untrained = evaluate(session, files, 0)?;
-    if let Scenario::Quality(quality) = &cell.scenario
-        && untrained.is_some_and(|loss| loss <= quality.target_loss)
-    {
-        // There is nothing to train for, and no gradient to check.
-        return Ok(());
-    }
     match &cell.scenario {
+        // There is nothing to train for, and no gradient to check.
+        Scenario::Quality(quality) if quality.is_met_by(untrained) => return Ok(()),
         Scenario::Quality(quality) => train_to_target(session, quality, files, cell.seed)?,
         _ => {
             train_steps(session, scenario, files, cell.seed, 0..scenario.total_steps())?;
@@ -86,7 +82,7 @@ fn train_to_target(
     for first in (0..limit).step_by(quality.evaluation_interval) {
         let end = limit.min(first + quality.evaluation_interval);
         train_steps(session, &quality.train, files, seed, first..end)?;
-        if evaluate(session, files, end as u64)?.is_some_and(|loss| loss <= quality.target_loss) {
+        if quality.is_met_by(evaluate(session, files, end as u64)?) {
             break;
         }
     }

@@ -173,6 +173,11 @@ fn at_least_1(values: &[(&str, usize)]) -> Result<()> {
 }
 
 impl QualityScenario {
+    /// Whether an evaluation with this loss is at the target.
+    pub fn is_met_by(&self, loss: Option<f64>) -> bool {
+        loss.is_some_and(|loss| loss <= self.target_loss)
+    }
+
     fn check(&self) -> Result<()> {
         self.train.check()?;
         at_least_1(&[

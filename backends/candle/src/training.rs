@@ -102,17 +102,14 @@ impl MicroBatch<'_> {
         let traced = self.pass.traced(true);
         let mut inputs = Vec::with_capacity(network.blocks.len());
         let mut x = network.embedding.rows(&self.batch.flat_ids())?;
-        let mut budget = self.kept_bytes;
-        for block in &network.blocks {
+        // As many of the first blocks as fit.
+        let blocks_kept = match network.device.is_cpu() {
+            true => self.kept_bytes / kept_bytes_of_a_block(&network.config, self.pass.rows()),
+            false => 0,
+        };
+        for (index, block) in (0..).zip(&network.blocks) {
             let kept = RefCell::default();
-            let bytes = kept_bytes_of_a_block(&network.config, self.pass.rows());
-            let pass = match network.device.is_cpu() && bytes <= budget {
-                true => {
-                    budget -= bytes;
-                    untraced.keeping(Kept::Keep(&kept))
-                }
-                false => untraced.keeping(Kept::No),
-            };
+            let pass = untraced.keeping(if index < blocks_kept { Kept::Keep(&kept) } else { Kept::No });
             let out = block.forward(&x, &pass, None)?;
             inputs.push((x, kept));
             x = out;

@@ -24,6 +24,20 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// Pads rows of (ids, labels) of the same length to `slots`.
+    pub fn right_padded(rows: impl IntoIterator<Item = (Vec<u32>, Vec<i64>)>, slots: usize) -> Self {
+        let mut batch = Self { input_ids: Vec::new(), labels: Vec::new(), lengths: Vec::new() };
+        for (mut ids, mut labels) in rows {
+            batch.lengths.push(ids.len());
+            // Any id will do: nothing that counts can see it.
+            ids.resize(slots, 0);
+            labels.resize(slots, IGNORE_INDEX);
+            batch.input_ids.push(ids);
+            batch.labels.push(labels);
+        }
+        batch
+    }
+
     pub fn examples(&self) -> usize {
         self.input_ids.len()
     }

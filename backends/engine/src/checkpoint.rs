@@ -15,8 +15,8 @@ const SINGLE_FILE: &str = "model.safetensors";
 /// The format's own limit (safetensors, `MAX_HEADER_SIZE`).
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// An opened checkpoint. Opening reads headers only, but for a tied head's copy; tensors are read by position into buffers of the
-/// caller. Nothing stays mapped: mapped pages would count as memory of the engine, and a file cut
+/// An opened checkpoint. Opening reads headers only, but for a tied head's copy; tensors are read by
+/// position into buffers of the caller. Nothing stays mapped: mapped pages would count as memory of the engine, and a file cut
 /// short under a mapping would kill the process instead of giving an error.
 #[derive(Debug)]
 pub struct Checkpoint {

@@ -197,10 +197,10 @@ fn words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn model() -> ModelConfig {
+    pub fn model() -> ModelConfig {
         ModelConfig {
             vocab_size: 10,
             hidden_size: 8,

@@ -210,19 +210,7 @@ mod tests {
     const MODULES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
     fn model() -> ModelConfig {
-        ModelConfig {
-            vocab_size: 10,
-            hidden_size: 8,
-            intermediate_size: 12,
-            num_hidden_layers: 2,
-            num_attention_heads: 2,
-            num_key_value_heads: 1,
-            head_dim: 4,
-            max_position_embeddings: 32,
-            rms_norm_eps: 1e-6,
-            rope_theta: 1e4,
-            tie_word_embeddings: true,
-        }
+        ModelConfig { num_hidden_layers: 2, ..crate::lora::tests::model() }
     }
 
     /// What PEFT 0.21 writes for plain LoRA.

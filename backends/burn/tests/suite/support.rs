@@ -135,17 +135,13 @@ fn write_config(dir: &Path, config: &ModelConfig) {
 pub fn batch(lengths: &[usize], seed: u64) -> Batch {
     let slots = lengths.iter().copied().max().unwrap();
     let mut random = Random(seed);
-    let mut batch = Batch { input_ids: vec![], labels: vec![], lengths: lengths.to_vec() };
-    for &length in lengths {
-        let mut ids: Vec<u32> = (0..length).map(|_| (random.integer() % 97) as u32).collect();
+    let row = |&length: &usize| {
+        let ids: Vec<u32> = (0..length).map(|_| (random.integer() % 97) as u32).collect();
         let mut labels: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
         labels[..length / 3].fill(IGNORE_INDEX);
-        ids.resize(slots, 0);
-        labels.resize(slots, IGNORE_INDEX);
-        batch.input_ids.push(ids);
-        batch.labels.push(labels);
-    }
-    batch
+        (ids, labels)
+    };
+    Batch::right_padded(lengths.iter().map(row), slots)
 }
 
 pub fn training() -> TrainingConfig {

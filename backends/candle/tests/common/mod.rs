@@ -127,17 +127,13 @@ pub fn tokens(seed: u64, len: usize, vocab_size: usize) -> Vec<u32> {
 
 /// A right-padded batch with examples of these lengths; the first third of each is not supervised.
 pub fn batch(seed: u64, lengths: &[usize], slots: usize, vocab_size: usize) -> Batch {
-    let mut batch = Batch { input_ids: vec![], labels: vec![], lengths: lengths.to_vec() };
-    for (i, &length) in lengths.iter().enumerate() {
-        let mut ids = tokens(seed + i as u64, length, vocab_size);
+    let row = |(i, &length): (usize, &usize)| {
+        let ids = tokens(seed + i as u64, length, vocab_size);
         let mut labels: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
         labels[..length / 3].fill(IGNORE_INDEX);
-        ids.resize(slots, 0);
-        labels.resize(slots, IGNORE_INDEX);
-        batch.input_ids.push(ids);
-        batch.labels.push(labels);
-    }
-    batch
+        (ids, labels)
+    };
+    Batch::right_padded(lengths.iter().enumerate().map(row), slots)
 }
 
 /// The largest difference, as a fraction of the largest expected magnitude.
