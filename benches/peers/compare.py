@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -20,17 +22,28 @@ import report
 import scenarios
 from contenders import PEFT_VARIANTS, Contender, Evalfw, LlamaCpp, Peft
 from figures import Results
+from gpu import Nvml
 from prepare import Places, Unprepared
 from samples import Measurement, Wrong
-from settings import JOBS, Settings
+from settings import DEVICE_JOBS, JOBS, Settings
 from work import Shapes
+
+
+# What differs where --device does. A GPU needs more steps: they are short, and the first ones find kernels.
+DEFAULTS: dict[str, dict] = {
+    "cpu": {"engine": ("candle-cpu",), "warmup": 1, "steps": 3, "timeout": 3600},
+    "cuda": {"engine": ("candle-cuda", "candle-cuda-bf16"), "warmup": 5, "steps": 20, "timeout": 900},
+}
 
 
 class Comparison:
     """One run, kept in a folder of its own and written again after each measurement."""
 
-    def __init__(self, settings: Settings, engines: tuple[str, ...], places: Places, out: Path) -> None:
+    def __init__(
+        self, settings: Settings, engines: tuple[str, ...], places: Places, out: Path, gpu: Nvml | None = None
+    ) -> None:
         self.settings = settings
+        self.gpu = gpu
         self.engines = engines
         self.places = places
         self.shapes: Shapes | None = None
@@ -39,10 +52,11 @@ class Comparison:
         self.run: dict = {
             "started_at": started.isoformat(timespec="seconds"),
             "settings": asdict(settings),
-            "machine": machine.describe(),
+            "machine": machine.describe(gpu),
             "limits": [],
         }
-        self.folder = out / f"{started:%Y%m%d-%H%M%S}-{settings.model}-s{settings.sequence}"
+        device = "-cuda" if gpu else ""
+        self.folder = out / f"{started:%Y%m%d-%H%M%S}-{settings.model}-s{settings.sequence}{device}"
         self.folder.mkdir(parents=True)
 
     def measure_all(self, contenders: list[Contender], limits_python: str | None) -> None:
@@ -59,7 +73,7 @@ class Comparison:
     def take_limits(self, python: str | None) -> None:
         if python is not None:
             say("the machine's limits")
-            self.run["limits"].append(machine.limits(python, self.settings.threads))
+            self.run["limits"].append(machine.limits(python, self.settings.threads, self.gpu))
 
     def measure(self, job: str, number: int, contender: Contender) -> Measurement:
         command = contender.command(job)
@@ -67,17 +81,21 @@ class Comparison:
         shown = self.places.display(" ".join(command))
         result = Measurement(contender.name, job, number, shown, started)
         environment = {} if contender.is_evalfw else {"OMP_NUM_THREADS": str(self.settings.threads)}
+        if self.gpu:
+            environment |= self.gpu.environment()
         try:
-            finished = process.run(command, environment, self.settings.timeout_seconds)
+            finished = process.run(command, environment, self.settings.timeout_seconds, self.gpu)
         except OSError as error:
             result.error = self.places.display(str(error))
             return result
         result.wall_seconds = finished.wall_seconds
         result.foreign_cpu_share = finished.foreign_cpu_share
+        result.device_before_bytes = finished.device_before_bytes
         try:
             if finished.timed_out:
                 raise Wrong("out of time")
             result.samples = contender.read(job, finished)
+            result.samples.device_peak_bytes = finished.device_peak_bytes
         except (Wrong, ValueError, KeyError, TypeError) as error:
             reason = str(error) if isinstance(error, Wrong) else finished.error or repr(error)
             result.stderr_tail = [self.places.display(line) for line in finished.stderr_tail]
@@ -106,6 +124,20 @@ class Comparison:
         return report.render(self.run, results, self.shapes, self.engines)
 
 
+def with_names(places: Places, args: argparse.Namespace, python: Path | None) -> Places:
+    """With names for what the caller named by a path, which belongs to this machine."""
+    given = {Path(args.out).absolute(): "results/peers"}
+    if args.evalfw:
+        given[Path(args.evalfw).absolute()] = "evalfw"
+    if args.checkpoint:
+        given[Path(args.checkpoint).absolute()] = "$CHECKPOINT"
+    if python:
+        given[python] = "python"
+        if (python.parents[1] / "pyvenv.cfg").is_file():
+            given[python.parents[1]] = "$VENV"
+    return dataclasses.replace(places, given=given)
+
+
 def replace(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
@@ -128,10 +160,19 @@ def compare(args: argparse.Namespace, places: Places) -> Comparison:
         prompt_tokens=args.prompt_tokens,
         generate_tokens=args.generate_tokens,
         jobs=tuple(job for job in JOBS if job in args.only),
+        device=args.device,
+        warmup=DEFAULTS[args.device]["warmup"],
+        timeout_seconds=args.timeout,
     )
-    binary = str(Path(args.evalfw).absolute()) if args.evalfw else prepare.evalfw()
-    checkpoint = prepare.checkpoint(binary, settings.model, places.cache)
-    comparison = Comparison(settings, args.engine, places, Path(args.out).absolute())
+    gpu = Nvml.open() if args.device == "cuda" else None
+    python = prepare.interpreter(args.python) if args.python else None
+    binary = str(Path(args.evalfw).absolute()) if args.evalfw else prepare.evalfw(args.device)
+    if args.checkpoint:
+        checkpoint = prepare.own_checkpoint(Path(args.checkpoint).absolute(), places.scratch)
+    else:
+        checkpoint = prepare.checkpoint(binary, settings.model, places.cache)
+    places = with_names(places, args, python)
+    comparison = Comparison(settings, args.engine, places, Path(args.out).absolute(), gpu)
     # Kept, so that its commands can be run again.
     suites = comparison.folder / "scenarios"
     scenarios.write(suites, settings)
@@ -149,7 +190,7 @@ def compare(args: argparse.Namespace, places: Places) -> Comparison:
         Evalfw(engine, settings, comparison.shapes, binary, checkpoint, suites, places.scratch)
         for engine in args.engine
     ]
-    torch_python = or_none("peft", Peft.jobs, prepare.reference_python)
+    torch_python = str(python) if python else or_none("peft", Peft.jobs, prepare.reference_python)
     if torch_python is not None:
         for name in args.peft:
             dtype, kbit = PEFT_VARIANTS[name]
@@ -184,26 +225,54 @@ def count(text: str) -> int:
     return int(text)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="compare", description=__doc__)
     add = parser.add_argument
-    add("--model", default="0.5b", metavar="SIZE", help="a size that `evalfw synth` knows [0.5b]")
+    add(
+        "--device",
+        choices=tuple(DEVICE_JOBS),
+        default="cpu",
+        help="cuda: load and train on an NVIDIA GPU [cpu]",
+    )
+    add("--model", metavar="SIZE", help="a size that `evalfw synth` knows [0.5b]")
+    add("--checkpoint", metavar="DIR", help="a checkpoint to take as it is; --model is then only its name")
     add("--sequence", type=count, default=512, help="tokens of a training row [512]")
     add("--rounds", type=count, default=2, help="processes for each measurement; 2 is A B B A [2]")
-    add("--only", type=names(JOBS), default=JOBS, metavar="JOB,…", help=f"of {', '.join(JOBS)} [all]")
-    add("--engine", type=names(), default=("candle-cpu",), metavar="E,…", help="of evalfw [candle-cpu]")
+    add("--only", type=names(JOBS), metavar="JOB,…", help=f"of {', '.join(JOBS)} [all that the device has]")
+    engines = "; on cuda ".join(",".join(by_device["engine"]) for by_device in DEFAULTS.values())
+    add("--engine", type=names(), metavar="E,…", help=f"of evalfw [{engines}]")
     peft = tuple(PEFT_VARIANTS)
     add("--peft", type=names(peft), default=peft[:1], metavar="P,…", help=f"of {', '.join(peft)} [{peft[0]}]")
     add("--threads", type=count, default=machine.logical_cores(), help="[one for each logical core]")
-    add("--steps", type=count, default=3, help="training steps that count, after one that does not [3]")
+    add(
+        "--steps",
+        type=count,
+        help="training steps that count [3, after 1 that does not; on cuda 20, after 5]",
+    )
     add("--repeats", type=count, default=5, help="prompts that count, after one that does not [5]")
     add("--prompt-tokens", type=count, default=128, help="[128]")
     add("--generate-tokens", type=count, default=64, help="[64]")
     add("--evalfw", metavar="FILE", help="a binary to measure [build the working tree]")
+    own = os.environ.get("EVALFW_PEERS_PYTHON") or None
+    add("--python", metavar="FILE", default=own, help="one with torch and peft, as it is [made if need be]")
+    add("--timeout", type=count, metavar="SECONDS", help="for each process [3600; on cuda 900]")
     add("--out", default=prepare.REPOSITORY / "results" / "peers", metavar="DIR", help="[results/peers]")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if args.sequence < 2:
         parser.error("--sequence: half of the row has a loss, so it needs two tokens")
+    able = DEVICE_JOBS[args.device]
+    args.only = args.only or able
+    unable = [job for job in args.only if job not in able]
+    if unable:
+        all_able = ", ".join(able)
+        parser.error(
+            f"--only: {', '.join(unable)} beside peers is not for {args.device}, which has {all_able}"
+        )
+    if args.model is None:
+        args.model = Path(args.checkpoint).absolute().name if args.checkpoint else "0.5b"
+    for name in ("engine", "steps", "timeout"):
+        if getattr(args, name) is None:
+            setattr(args, name, DEFAULTS[args.device][name])
     return args
 
 

@@ -21,7 +21,8 @@ class Quantity:
 
 
 def gigabytes(count: int | None) -> list[float]:
-    return [] if count is None else [count / 1e9]
+    """Nothing is no figure: an engine that took no memory of a device did not run there."""
+    return [count / 1e9] if count else []
 
 
 def rates(tokens: int, seconds: list[float]) -> list[float]:
@@ -36,7 +37,7 @@ def generate_rates(samples: Samples, settings: Settings) -> list[float]:
     return rates(settings.generate_tokens, samples.generate_seconds)
 
 
-QUANTITIES = (
+CPU_QUANTITIES = (
     Quantity("load, s", "load", lambda s, _: s.load_seconds),
     Quantity("peak GB", "load", lambda s, _: gigabytes(s.peak_bytes)),
     Quantity("s/step", "train", lambda s, _: s.step_seconds, ratio=False),
@@ -47,6 +48,19 @@ QUANTITIES = (
     Quantity("generated tokens/s", "infer", generate_rates, True),
     Quantity("peak GB", "infer", lambda s, _: gigabytes(s.peak_bytes)),
 )
+
+CUDA_QUANTITIES = (
+    Quantity("load, s", "load", lambda s, _: s.load_seconds),
+    Quantity("device peak GB", "load", lambda s, _: gigabytes(s.device_peak_bytes)),
+    Quantity("host peak GB", "load", lambda s, _: gigabytes(s.peak_bytes)),
+    Quantity("s/step", "train", lambda s, _: s.step_seconds, ratio=False),
+    Quantity("tokens/s", "train", lambda s, to: rates(to.sequence, s.step_seconds), True),
+    Quantity("device peak GB", "train", lambda s, _: gigabytes(s.device_peak_bytes)),
+    Quantity("host peak GB", "train", lambda s, _: gigabytes(s.peak_bytes)),
+    Quantity("load, s", "train", lambda s, _: s.load_seconds, ratio=False),
+)
+
+QUANTITIES = {"cpu": CPU_QUANTITIES, "cuda": CUDA_QUANTITIES}
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,9 @@ class Results:
     def __init__(self, measurements: list[Measurement], settings: Settings) -> None:
         self.settings = settings
         self.measurements = measurements
+
+    def quantities(self, job: str) -> list[Quantity]:
+        return [quantity for quantity in QUANTITIES[self.settings.device] if quantity.job == job]
 
     def contenders(self, job: str) -> list[str]:
         return list(dict.fromkeys(m.contender for m in self.measurements if m.job == job))

@@ -8,6 +8,7 @@ import platform
 from pathlib import Path
 
 import process
+from gpu import Nvml
 from prepare import HERE
 
 # What decides which kernels a library takes.
@@ -24,7 +25,7 @@ TELLING_FLAGS = (
 )
 
 
-def describe() -> dict[str, object]:
+def describe(gpu: Nvml | None = None) -> dict[str, object]:
     fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
@@ -38,6 +39,7 @@ def describe() -> dict[str, object]:
         "memory_bytes": pages,
         "kernel": platform.release(),
         "python": platform.python_version(),
+        **({"gpu": gpu.describe()} if gpu else {}),
     }
 
 
@@ -46,15 +48,21 @@ def logical_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def limits(python: str, threads: int) -> dict:
-    """The matrix and read rates by `workers/limits.py`; an `error` where there are none."""
-    command = [python, str(HERE / "workers" / "limits.py"), "--threads", str(threads)]
+def limits(python: str, threads: int, gpu: Nvml | None = None) -> dict:
+    """The matrix and memory rates by `workers/limits.py`, or by `workers/limits_cuda.py` on a GPU; an `error`
+    where there are none."""
+    workers = HERE / "workers"
+    if gpu:
+        command, environment = [python, str(workers / "limits_cuda.py")], gpu.environment()
+    else:
+        command = [python, str(workers / "limits.py"), "--threads", str(threads)]
+        environment = {"OMP_NUM_THREADS": str(threads)}
     try:
-        finished = process.run(command, {"OMP_NUM_THREADS": str(threads)}, timeout_seconds=300)
+        finished = process.run(command, environment, timeout_seconds=300)
         if finished.error:
             return {"error": finished.error, "stderr_tail": finished.stderr_tail}
-        return json.loads(finished.stdout)
-    except (OSError, ValueError) as error:
+        return json.loads(finished.stdout.splitlines()[-1])
+    except (OSError, ValueError, IndexError) as error:
         return {"error": str(error)}
 
 
@@ -70,6 +78,10 @@ def best(taken: list[dict]) -> dict[str, float]:
             f"memory read, {count} thread{'' if count == '1' else 's'}": rate
             for count, rate in limit.get("read_bytes_per_second", {}).items()
         }
-        for name, rate in {**rates, **reads}.items():
+        copies = {
+            f"{place} memory copy, in and out": rate
+            for place, rate in limit.get("copy_bytes_per_second", {}).items()
+        }
+        for name, rate in {**rates, **reads, **copies}.items():
             found[name] = max(rate, found.get(name, 0.0))
     return found

@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,6 +22,8 @@ class Unprepared(Exception):
 class Places:
     cache: Path
     scratch: Path
+    # What the caller named, and what it is called in what is published.
+    given: Mapping[Path, str] = field(default_factory=dict)
 
     @classmethod
     def find(cls, scratch: Path) -> Places:
@@ -31,13 +34,16 @@ class Places:
     def display(self, text: str) -> str:
         """Without the folders of this machine, for what is published."""
         known = {
+            **self.given,
             self.scratch: "$SCRATCH",
             self.cache.parent: "~/.cache/evalfw",
             REPOSITORY: ".",
             Path.home(): "~",
         }
-        for path, name in known.items():
-            text = text.replace(str(path), name)
+        # A folder's name is also the beginning of what is in it.
+        for path in sorted(known, key=lambda path: len(str(path)), reverse=True):
+            if path != Path("/"):
+                text = text.replace(str(path), known[path])
         return text
 
 
@@ -51,11 +57,19 @@ def call(command: list[str], where: Path = REPOSITORY) -> str:
     return done.stdout.strip()
 
 
-def evalfw() -> str:
+def evalfw(device: str) -> str:
     """Built from what is in the working tree, so that nothing older is measured."""
-    call(["cargo", "build", "--release"])
+    call(["cargo", "build", "--release", *(["--features", "cuda"] if device == "cuda" else [])])
     target = Path(os.environ.get("CARGO_TARGET_DIR") or "target")
     return str(REPOSITORY / target / "release" / "evalfw")
+
+
+def interpreter(named: str) -> Path:
+    """As it is: resolving a link would lead out of a virtual environment."""
+    found = shutil.which(named)
+    if found is None:
+        raise Unprepared(f"{named}: no program; --python and EVALFW_PEERS_PYTHON name a Python interpreter")
+    return Path(found).absolute()
 
 
 def reference_python() -> str:
@@ -79,6 +93,22 @@ def checkpoint(binary: str, model: str, cache: Path) -> Path:
             file.unlink()
         partial.rename(folder)
     return folder
+
+
+def own_checkpoint(folder: Path, scratch: Path) -> Path:
+    """A folder of the caller's, seen without its tokenizer where it has one, as above."""
+    if not (folder / "config.json").is_file():
+        raise Unprepared(f"{folder}: no checkpoint there (config.json is missing); `evalfw synth` makes one")
+    if not any(folder.glob("*.safetensors")):
+        raise Unprepared(f"{folder}: no weights there (*.safetensors)")
+    if not any(folder.glob("tokenizer*")):
+        return folder
+    view = scratch / "checkpoint"
+    view.mkdir()
+    for file in folder.iterdir():
+        if file.is_file() and not file.name.startswith("tokenizer"):
+            (view / file.name).symlink_to(file)
+    return view
 
 
 def gguf(python: str, checkpoint: Path) -> Path:

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from gpu import Device
+
 POLL_SECONDS = 0.05
+# A GPU's steps are short, and an allocator may give memory back after each.
+DEVICE_POLL_SECONDS = 0.01
 EXIT_SECONDS = 10.0
 TAIL_LINES = 15
 
@@ -30,6 +34,9 @@ class Finished:
     tree_peak_bytes: int
     # Of all cores' time, what went to other processes, or was taken from this machine by its host.
     foreign_cpu_share: float
+    # Of the whole device: what was used before the process started, and the most above that while it ran.
+    device_before_bytes: int | None = None
+    device_peak_bytes: int | None = None
 
     @property
     def error(self) -> str | None:
@@ -40,8 +47,15 @@ class Finished:
         return f"exit code {self.code}" if self.code else None
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], timeout_seconds: float) -> Finished:
-    """Raises OSError where the command cannot be started."""
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    timeout_seconds: float,
+    device: Device | None = None,
+) -> Finished:
+    """Raises OSError where the command cannot be started, or the device does not answer."""
+    before = device.at_rest() if device else None
+    most = before
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         cpu = CpuTimes.now()
         begin = time.monotonic()
@@ -58,10 +72,12 @@ def run(command: Sequence[str], environment: Mapping[str, str], timeout_seconds:
         try:
             while child.poll() is None:
                 peaks.update(high_water_marks(child.pid))
+                if device and most is not None:
+                    most = max(most, device.used_bytes())
                 timed_out = time.monotonic() - begin > timeout_seconds
                 if timed_out:
                     break
-                time.sleep(POLL_SECONDS)
+                time.sleep(DEVICE_POLL_SECONDS if device else POLL_SECONDS)
         finally:
             kill_tree(child)
         wall = time.monotonic() - begin
@@ -73,6 +89,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], timeout_seconds:
             wall_seconds=wall,
             tree_peak_bytes=sum(peaks.values()),
             foreign_cpu_share=CpuTimes.now().foreign_share_since(cpu, wall),
+            device_before_bytes=before,
+            device_peak_bytes=None if before is None or most is None else most - before,
         )
 
 

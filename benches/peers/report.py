@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import machine
-from figures import QUANTITIES, Figure, Quantity, Results
+import process
+from figures import Figure, Results
 from work import Shapes
 
 TITLES = {"load": "Load to NF4, from a warm page cache", "train": "QLoRA training", "infer": "Inference"}
 
 # Other processes' share of the CPU time that a machine at rest may show.
 IDLE = 0.03
+
+# By how much what is used of a GPU before a measurement may differ: more is another process's.
+STEADY_BYTES = 64e6
+
+# Beside which rate of the machine training is held.
+BEST_PRODUCT = {"cpu": "f32 matrix product", "cuda": "bf16 matrix product"}
 
 
 def render(run: dict, results: Results, shapes: Shapes | None, engines: tuple[str, ...]) -> str:
@@ -22,23 +29,31 @@ def render(run: dict, results: Results, shapes: Shapes | None, engines: tuple[st
 
 def head(run: dict, results: Results) -> Iterator[str]:
     about, settings = run["machine"], results.settings
-    yield f"# evalfw beside its peers: {settings.model}"
+    gpu = about.get("gpu")
+    yield f"# evalfw beside its peers: {settings.model}" + (f" on {gpu['name']}" if gpu else "")
     yield ""
+    inference = (
+        f" Inference: a prompt of {settings.prompt_tokens} tokens (pp{settings.prompt_tokens}), then "
+        f"{settings.generate_tokens} more, one by one (tg{settings.generate_tokens})."
+    )
     yield (
         f"{run['started_at']}, {about['cpu']} ({', '.join(about['flags'])}), {about['logical_cores']} logical "
         f"cores, {about['memory_bytes'] / 1e9:.1f} GB. {settings.threads} threads, batch 1, rank "
         f"{settings.lora_r}, alpha {settings.lora_alpha}, all seven projections, dropout 0, AdamW, gradient "
-        f"checkpointing; rows of {settings.sequence} tokens of which {settings.trained_tokens} have a loss. "
-        f"Inference: a prompt of {settings.prompt_tokens} tokens (pp{settings.prompt_tokens}), then "
-        f"{settings.generate_tokens} more, one by one (tg{settings.generate_tokens}). "
+        f"checkpointing; rows of {settings.sequence} tokens of which {settings.trained_tokens} have a loss; "
+        f"{settings.steps} steps count, after {settings.warmup} that do not."
+        f"{inference if 'infer' in settings.jobs else ''} "
         f"Rounds: {settings.rounds}, in A B B A order. Each measurement has a process of its own."
     )
     yield ""
     yield (
         "Medians of all samples, and their range. A ratio says how many times better evalfw is (faster, or "
-        "smaller), with the range over the rounds. A peak is the largest resident size of the process (of evalfw: "
-        "of its worker) from its start, GB is 10^9 bytes. `samples.json` has every sample."
+        f"smaller), with the range over the rounds. {'A host peak' if gpu else 'A peak'} is the largest resident "
+        "size of the process (of evalfw: of its worker) from its start, GB is 10^9 bytes. `samples.json` has "
+        "every sample."
     )
+    if gpu:
+        yield from device(gpu, results)
     busy = max((m.foreign_cpu_share for m in results.measurements), default=0.0)
     if busy > IDLE:
         yield ""
@@ -48,9 +63,28 @@ def head(run: dict, results: Results) -> Iterator[str]:
         )
 
 
+def device(gpu: dict, results: Results) -> Iterator[str]:
+    yield ""
+    yield (
+        f"{gpu['name']}, {gpu['memory_bytes'] / 1e9:.1f} GB, driver {gpu['driver']} "
+        f"(CUDA {gpu['driver_cuda']}). A device peak is taken from outside, in the same way for all: the most "
+        "that NVML counted as used on the whole GPU while the process ran, asked every "
+        f"{process.DEVICE_POLL_SECONDS * 1000:.0f} ms, less what it counted before. CUDA's context, workspaces "
+        "of libraries and free pages that an allocator holds are in it. What the frameworks count themselves is "
+        "in `samples.json`. A load begins after CUDA's context is there."
+    )
+    befores = [m.device_before_bytes for m in results.measurements if m.device_before_bytes is not None]
+    if befores and max(befores) - min(befores) > STEADY_BYTES:
+        yield ""
+        yield (
+            f"**The GPU was not at rest**: before the measurements {min(befores) / 1e9:.2f} to "
+            f"{max(befores) / 1e9:.2f} GB of it were in use. These device peaks are not to be trusted."
+        )
+
+
 def jobs(results: Results, engines: tuple[str, ...]) -> Iterator[str]:
     for job in results.settings.jobs:
-        quantities = [q for q in QUANTITIES if q.job == job]
+        quantities = results.quantities(job)
         contenders = results.contenders(job)
         names = [q.name for q in quantities]
         own = [name for name in contenders if name in engines]
@@ -75,27 +109,31 @@ def limits(run: dict, results: Results, shapes: Shapes | None) -> Iterator[str]:
         return
     yield from ["", "## Beside what this machine can do", ""]
     yield from table(
-        ["limit", "best of all runs"], [[n, f"{r / 1e9:.1f} G{unit(n)}"] for n, r in best.items()]
+        ["limit", "best of all runs"],
+        [[name, f"{prefixed(rate)}{unit(name)}"] for name, rate in best.items()],
     )
     if shapes is None:
         return
     settings = results.settings
-    matrix = best.get("f32 matrix product")
+    product = BEST_PRODUCT[settings.device]
+    matrix = best.get(product)
     read = max((rate for name, rate in best.items() if "read" in name), default=None)
     rows = []
     if matrix and "train" in settings.jobs:
         for recompute, label in ((True, "training"), (False, "training, recompute not counted")):
             flops = shapes.step_flops(settings, recompute)
-            for name, seconds in middles(results, "s/step"):
-                rows.append([label, name, f"{flops / 1e12:.2f} TFLOP", f"{flops / seconds / matrix:.0%}"])
+            for name, seconds in middles(results, "train", "s/step"):
+                rows.append([label, name, f"{flops / 1e12:.2f} TFLOP", share(flops / seconds / matrix)])
     if read and "infer" in settings.jobs:
-        for name, rate in middles(results, "generated tokens/s"):
+        for name, rate in middles(results, "infer", "generated tokens/s"):
             size = weight_bytes(results, name)
             if size:
-                rows.append(["generating", name, f"{size / 1e9:.3f} GB", f"{size * rate / read:.0%}"])
+                rows.append(["generating", name, f"{size / 1e9:.3f} GB", share(size * rate / read)])
     if rows:
         yield ""
-        yield from table(["work", "", "of a step or token", "of the best f32 matrix or read rate"], rows)
+        reading = " or read" if "infer" in settings.jobs else ""
+        best_rate = f"of the best {product.removesuffix(' product')}{reading} rate"
+        yield from table(["work", "", "of a step or token", best_rate], rows)
 
 
 def tail(results: Results) -> Iterator[str]:
@@ -117,16 +155,12 @@ def tail(results: Results) -> Iterator[str]:
     yield from ["```", ""]
 
 
-def middles(results: Results, name: str) -> Iterator[tuple[str, float]]:
-    quantity = named(name)
-    for contender in results.contenders(quantity.job):
+def middles(results: Results, job: str, name: str) -> Iterator[tuple[str, float]]:
+    quantity = next(q for q in results.quantities(job) if q.name == name)
+    for contender in results.contenders(job):
         figure = results.figure(quantity, contender)
         if figure is not None:
             yield contender, figure.middle
-
-
-def named(name: str) -> Quantity:
-    return next(q for q in QUANTITIES if q.name == name)
 
 
 def weight_bytes(results: Results, contender: str) -> int | None:
@@ -134,8 +168,16 @@ def weight_bytes(results: Results, contender: str) -> int | None:
     return next((size for size in sizes if size), None)
 
 
+def prefixed(rate: float) -> str:
+    return f"{rate / 1e12:.1f} T" if rate >= 1e12 else f"{rate / 1e9:.1f} G"
+
+
+def share(part: float) -> str:
+    return f"{part:.0%}" if part >= 0.1 else f"{part:.1%}"
+
+
 def unit(limit: str) -> str:
-    return "B/s" if "read" in limit else "FLOP/s"
+    return "FLOP/s" if "product" in limit else "B/s"
 
 
 def show(figure: Figure | None, suffix: str = "") -> str:

@@ -14,6 +14,9 @@ class Samples:
     # Largest resident size of the whole process tree, and while it trained.
     peak_bytes: int | None = None
     train_peak_bytes: int | None = None
+    # The most that the whole device had in use above what it had before: CUDA's context, libraries' workspaces
+    # and free pages of allocators are in it.
+    device_peak_bytes: int | None = None
     load_seconds: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -33,6 +36,8 @@ class Measurement:
     wall_seconds: float = 0.0
     # Of all cores' time, what went to other processes: a busy machine shows here.
     foreign_cpu_share: float = 0.0
+    # What the device had in use before the process: others' memory shows here.
+    device_before_bytes: int | None = None
     error: str | None = None
     stderr_tail: list[str] = field(default_factory=list)
     samples: Samples | None = None

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 JOBS = ("load", "train", "infer")
 
+# The jobs that have peers there.
+DEVICE_JOBS = {"cpu": JOBS, "cuda": ("load", "train")}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -18,6 +21,7 @@ class Settings:
     prompt_tokens: int
     generate_tokens: int
     jobs: tuple[str, ...] = JOBS
+    device: str = "cpu"
     warmup: int = 1
     lora_r: int = 16
     lora_alpha: int = 32
