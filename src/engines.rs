@@ -7,26 +7,96 @@ use evalfw_engine::{Engine, Error};
 pub struct EngineSpec {
     pub name: &'static str,
     pub summary: &'static str,
+    pub kernels: Kernels,
     /// Opens the device. Called in the worker process only.
     pub open: fn() -> evalfw_engine::Result<Box<dyn Engine>>,
 }
 
+/// Whose kernels an engine runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernels {
+    /// Ours beside the framework's; `stock` names the engine that has the framework's alone.
+    Tuned { stock: Option<&'static str> },
+    /// Nothing but what the framework ships.
+    Stock,
+}
+
 pub const ENGINES: &[EngineSpec] = &[
-    EngineSpec { name: "candle-cpu", summary: "candle on the CPU", open: candle::cpu },
+    EngineSpec {
+        name: "candle-cpu",
+        summary: "candle on the CPU",
+        kernels: Kernels::Tuned { stock: Some("candle-cpu-stock") },
+        open: candle::cpu,
+    },
     EngineSpec {
         name: "candle-cpu-bf16",
         summary: "candle on a CPU that multiplies bf16",
+        kernels: Kernels::Tuned { stock: Some("candle-cpu-stock") },
         open: candle::cpu_bf16,
     },
-    EngineSpec { name: "candle-cuda", summary: "candle on an NVIDIA GPU", open: candle::cuda },
-    EngineSpec { name: "candle-metal", summary: "candle on an Apple GPU", open: candle::metal },
+    EngineSpec {
+        name: "candle-cpu-stock",
+        summary: "candle on the CPU, with nothing but its own operations",
+        kernels: Kernels::Stock,
+        open: candle::cpu_stock,
+    },
+    EngineSpec {
+        name: "candle-cuda",
+        summary: "candle on an NVIDIA GPU",
+        kernels: Kernels::Tuned { stock: Some("candle-cuda-stock") },
+        open: candle::cuda,
+    },
+    EngineSpec {
+        name: "candle-cuda-bf16",
+        summary: "candle on an NVIDIA GPU, with products of bf16",
+        kernels: Kernels::Tuned { stock: Some("candle-cuda-stock") },
+        open: candle::cuda_bf16,
+    },
+    EngineSpec {
+        name: "candle-cuda-stock",
+        summary: "candle on an NVIDIA GPU, with nothing but its own operations",
+        kernels: Kernels::Stock,
+        open: candle::cuda_stock,
+    },
+    EngineSpec {
+        name: "candle-metal",
+        summary: "candle on an Apple GPU",
+        kernels: Kernels::Tuned { stock: Some("candle-metal-stock") },
+        open: candle::metal,
+    },
+    EngineSpec {
+        name: "candle-metal-stock",
+        summary: "candle on an Apple GPU, with nothing but its own operations",
+        kernels: Kernels::Stock,
+        open: candle::metal_stock,
+    },
     EngineSpec {
         name: "burn-wgpu",
         summary: "Burn on a GPU through Vulkan, Metal or DX12",
+        kernels: Kernels::Tuned { stock: None },
         open: burn::wgpu,
     },
-    EngineSpec { name: "burn-flex", summary: "Burn on the CPU", open: burn::flex },
+    EngineSpec {
+        name: "burn-flex",
+        summary: "Burn on the CPU",
+        kernels: Kernels::Tuned { stock: None },
+        open: burn::flex,
+    },
 ];
+
+/// The engines that run when none is named: a stock form runs where a suite asks for it.
+pub fn tuned() -> impl Iterator<Item = &'static EngineSpec> {
+    ENGINES.iter().filter(|engine| engine.kernels != Kernels::Stock)
+}
+
+/// The stock form of an engine, if it has one; a stock form is its own.
+pub fn stock_form(name: &str) -> Option<&'static str> {
+    let engine = ENGINES.iter().find(|engine| engine.name == name)?;
+    match engine.kernels {
+        Kernels::Tuned { stock } => stock,
+        Kernels::Stock => Some(engine.name),
+    }
+}
 
 pub fn find(name: &str) -> Result<&'static EngineSpec> {
     match ENGINES.iter().find(|e| e.name == name) {
@@ -49,23 +119,39 @@ fn left_out(feature: &str) -> evalfw_engine::Result<Box<dyn Engine>> {
 
 #[cfg(feature = "candle")]
 mod candle {
-    use evalfw_candle::{CandleDevice, open, open_cpu_bf16};
+    use evalfw_candle::{CandleDevice, Variant, open};
     use evalfw_engine::{Engine, Result};
 
     pub fn cpu() -> Result<Box<dyn Engine>> {
-        open(CandleDevice::Cpu)
+        open(CandleDevice::Cpu, Variant::Tuned)
     }
 
     pub fn cpu_bf16() -> Result<Box<dyn Engine>> {
-        open_cpu_bf16()
+        open(CandleDevice::Cpu, Variant::TunedBf16)
+    }
+
+    pub fn cpu_stock() -> Result<Box<dyn Engine>> {
+        open(CandleDevice::Cpu, Variant::Stock)
     }
 
     pub fn cuda() -> Result<Box<dyn Engine>> {
-        open(CandleDevice::Cuda)
+        open(CandleDevice::Cuda, Variant::Tuned)
+    }
+
+    pub fn cuda_bf16() -> Result<Box<dyn Engine>> {
+        open(CandleDevice::Cuda, Variant::TunedBf16)
+    }
+
+    pub fn cuda_stock() -> Result<Box<dyn Engine>> {
+        open(CandleDevice::Cuda, Variant::Stock)
     }
 
     pub fn metal() -> Result<Box<dyn Engine>> {
-        open(CandleDevice::Metal)
+        open(CandleDevice::Metal, Variant::Tuned)
+    }
+
+    pub fn metal_stock() -> Result<Box<dyn Engine>> {
+        open(CandleDevice::Metal, Variant::Stock)
     }
 }
 
@@ -78,10 +164,6 @@ mod candle {
         left_out("candle")
     }
 
-    pub fn cpu_bf16() -> Result<Box<dyn Engine>> {
-        left_out("candle")
-    }
-
     pub fn cuda() -> Result<Box<dyn Engine>> {
         left_out("cuda")
     }
@@ -89,6 +171,10 @@ mod candle {
     pub fn metal() -> Result<Box<dyn Engine>> {
         left_out("metal")
     }
+
+    pub use {
+        cpu as cpu_bf16, cpu as cpu_stock, cuda as cuda_bf16, cuda as cuda_stock, metal as metal_stock,
+    };
 }
 
 #[cfg(feature = "burn")]
@@ -127,5 +213,15 @@ mod tests {
     fn an_unknown_engine_lists_the_known_ones() {
         let error = find("candle").err().unwrap().to_string();
         assert!(error.contains("candle-cpu") && error.contains("burn-flex"), "{error}");
+    }
+
+    #[test]
+    fn every_stock_form_is_an_engine_with_stock_kernels() {
+        for engine in tuned() {
+            if let Some(stock) = stock_form(engine.name) {
+                assert_eq!(find(stock).unwrap().kernels, Kernels::Stock);
+                assert_eq!(stock_form(stock), Some(stock));
+            }
+        }
     }
 }

@@ -3,12 +3,12 @@
 
 use crate::data::dataset::Dataset;
 use crate::decide::criteria::Criteria;
-use crate::engines::{self, ENGINES};
+use crate::engines;
 use crate::interrupt;
 use crate::measure::host::Environment;
 use crate::model::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
 use crate::output::{note, print};
-use crate::plan::{Cell, interleaved};
+use crate::plan::{Cell, engines_of, interleaved};
 use crate::probe::{Availability, Reason, probe};
 use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};
 use crate::render;
@@ -151,7 +151,7 @@ fn settings(args: &RunArgs) -> Result<Settings> {
     let named = !args.engine.is_empty();
     let mut engines: Vec<String> = match named {
         true => args.engine.clone(),
-        false => ENGINES.iter().map(|e| e.name.to_owned()).collect(),
+        false => engines::tuned().map(|e| e.name.to_owned()).collect(),
     };
     let mut seen = BTreeSet::new();
     engines.retain(|e| seen.insert(e.clone()));
@@ -240,7 +240,11 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
     let suite = &settings.suite;
     let mut available = Vec::new();
     let mut missing = Vec::new();
-    for engine in &settings.engines {
+    let wanted = engines_of(suite, &settings.engines);
+    if wanted.is_empty() {
+        bail!("none of the engines that were named has a stock form, which all cells of this suite ask for");
+    }
+    for engine in &wanted {
         let availability = probe(engine, settings.threads);
         if interrupt::requested() {
             return Ok(None);
@@ -276,12 +280,13 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
     for (engine, reason) in missing {
         // Its rows stand beside those of the engines that ran.
         let model = engines[0].1;
-        let once =
-            interleaved(suite, &[(engine, model)], &own_models).into_iter().filter(|c| c.repetition == 0);
+        let once = interleaved(suite, &settings.engines, &[(engine, model)], &own_models)
+            .into_iter()
+            .filter(|c| c.repetition == 0);
         unavailable.extend(once.map(|cell| (cell, reason.clone())));
     }
     let verdicts = verify_all(&engines, settings.threads, progress)?;
-    let mut cells = interleaved(suite, &engines, &own_models);
+    let mut cells = interleaved(suite, &settings.engines, &engines, &own_models);
     if !settings.engines_named {
         // It takes a software adapter minutes, and the time would say nothing.
         cells.retain(|c| c.scenario.own_model().is_none() || !software_adapters.contains(&c.engine));

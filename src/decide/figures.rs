@@ -149,8 +149,12 @@ impl Footprint {
         if !discrete {
             return cell.peak_memory_bytes.map_or(Self::Unknown, |bytes| Self::Peak { bytes });
         }
-        let device = cell.samples.device_memory.and_then(|m| m.reserved_bytes.or(m.in_use_bytes));
-        device.map_or(Self::Unknown, |bytes| Self::AtLeast { bytes })
+        let Some(memory) = cell.samples.device_memory else { return Self::Unknown };
+        match (memory.peak_bytes, memory.reserved_bytes.or(memory.in_use_bytes)) {
+            (Some(bytes), _) => Self::Peak { bytes },
+            (None, Some(bytes)) => Self::AtLeast { bytes },
+            (None, None) => Self::Unknown,
+        }
     }
 
     /// The largest of the repetitions that ended ok, with its cell.

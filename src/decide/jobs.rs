@@ -37,6 +37,7 @@ impl<'a> Job<'a> {
         match self.quantization {
             Quantization::Nf4 => self.scenario.to_owned(),
             Quantization::None => format!("{} (unquantized)", self.scenario),
+            Quantization::Native => format!("{} (native 4-bit)", self.scenario),
         }
     }
 }

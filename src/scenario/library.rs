@@ -1,6 +1,6 @@
 //! The files that scenarios and suites are read from: a folder, or the ones that were compiled in.
 
-use super::{Scenario, Suite, SuiteCell, check_distinct};
+use super::{CellKernels, Scenario, Suite, SuiteCell, check_distinct};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -87,7 +87,9 @@ impl Library {
         let mut table: Table = text.parse().with_context(place)?;
         // The description is for people who read the file.
         table.remove("description");
-        parse_scenario(&table).with_context(place)?;
+        let mut parameters = table.clone();
+        take_kernels(&mut parameters).with_context(place)?;
+        parse_scenario(&parameters).with_context(place)?;
         Ok(table)
     }
 
@@ -116,8 +118,9 @@ impl Library {
             for values in sweep(&overrides) {
                 let mut merged = base.clone();
                 merged.extend(values);
+                let kernels = take_kernels(&mut merged).with_context(place)?;
                 let scenario = parse_scenario(&merged).with_context(place)?;
-                cells.push(SuiteCell { scenario, repetitions });
+                cells.push(SuiteCell { scenario, repetitions, kernels });
             }
         }
         check_distinct(&cells).with_context(place)?;
@@ -139,6 +142,11 @@ fn parse_scenario(table: &Table) -> Result<Scenario> {
     let scenario: Scenario = Value::Table(table.clone()).try_into()?;
     scenario.check()?;
     Ok(scenario)
+}
+
+/// Which engines run a cell is no parameter of what they do.
+fn take_kernels(table: &mut Table) -> Result<CellKernels> {
+    if table.contains_key("kernels") { take(table, "kernels") } else { Ok(CellKernels::default()) }
 }
 
 fn take<T: DeserializeOwned>(table: &mut Table, key: &str) -> Result<T> {
@@ -191,6 +199,28 @@ mod tests {
                 assert!(suite.cells.iter().any(|c| c.scenario.kind() == kind), "{name} has no {kind}");
             }
         }
+    }
+
+    #[test]
+    fn kernels_stand_in_a_scenario_or_in_a_suite() {
+        let both = "scenario = \"load\"\nkernels = [\"custom\", \"stock\"]";
+        let in_suite =
+            library(&[("suites/quick.toml", "scenario = \"load\"", both)]).suite("quick", None).unwrap();
+        let loads: Vec<_> = in_suite.cells.iter().filter(|c| c.scenario.kind() == "load").collect();
+        assert_eq!(
+            loads.iter().map(|c| c.kernels).collect::<Vec<_>>(),
+            [CellKernels::Custom, CellKernels::Stock]
+        );
+        assert_eq!(loads[0].scenario, loads[1].scenario);
+        let in_scenario =
+            library(&[("load.toml", "kind = \"load\"", "kind = \"load\"\nkernels = \"stock\"")]);
+        assert_eq!(in_scenario.suite("quick", None).unwrap().cells[0].kernels, CellKernels::Stock);
+        let unknown = library(&[("load.toml", "kind = \"load\"", "kind = \"load\"\nkernels = \"fast\"")]);
+        let message = error(&unknown, "quick");
+        assert!(
+            message.contains("load.toml") && message.contains("kernels") && message.contains("stock"),
+            "{message}"
+        );
     }
 
     #[test]

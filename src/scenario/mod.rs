@@ -281,6 +281,19 @@ pub struct Suite {
 pub struct SuiteCell {
     pub scenario: Scenario,
     pub repetitions: u32,
+    #[serde(default)]
+    pub kernels: CellKernels,
+}
+
+/// With whose kernels a cell is run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CellKernels {
+    /// Those of the engines as they are named: ours, where an engine has any.
+    #[default]
+    Custom,
+    /// The framework's own: the stock form of each engine that has one.
+    Stock,
 }
 
 impl Suite {
@@ -296,11 +309,13 @@ impl Suite {
     }
 }
 
-/// Cells are told apart by their label, which names the parameters that people vary.
+/// Cells are told apart by their label, which names the parameters that people vary, by how the base is stored and
+/// by whose kernels run.
 fn check_distinct(cells: &[SuiteCell]) -> Result<()> {
-    let mut labels = std::collections::BTreeSet::new();
-    match cells.iter().map(|c| c.scenario.label()).find(|label| !labels.insert(label.clone())) {
-        Some(label) => {
+    let mut seen = std::collections::BTreeSet::new();
+    match cells.iter().find(|c| !seen.insert((c.scenario.label(), c.scenario.quantization(), c.kernels))) {
+        Some(cell) => {
+            let label = cell.scenario.label();
             bail!("two cells are called {label}: they must differ in a parameter that is in the name")
         }
         None => Ok(()),

@@ -75,9 +75,10 @@ pub struct AdapterLosses {
 }
 
 impl Losses {
+    /// A framework's own format is held against what it stands for, the unquantized model.
     pub fn of(&self, quantization: Quantization) -> &AdapterLosses {
         match quantization {
-            Quantization::None => &self.none,
+            Quantization::None | Quantization::Native => &self.none,
             Quantization::Nf4 => &self.nf4,
         }
     }

@@ -17,6 +17,11 @@
 
 use serde::Serialize;
 
+/// Of a framework's own 4-bit format from the unquantized model: logits, of the largest one.
+pub const NATIVE_LOGITS: f64 = 2e-1;
+/// The same for the losses of evaluation.
+pub const NATIVE_LOSSES: f64 = 2e-2;
+
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Tolerances {
     pub compute_dtype: &'static str,

@@ -326,7 +326,7 @@ fn the_memory_of_a_gpu_is_a_lower_bound() {
         for cell in &mut gpu {
             cell.device.as_mut().unwrap().kind = DeviceKind::DiscreteGpu;
             cell.samples.device_memory =
-                Some(DeviceMemory { in_use_bytes: None, reserved_bytes: Some(reserved) });
+                Some(DeviceMemory { reserved_bytes: Some(reserved), ..DeviceMemory::default() });
         }
         all.extend(gpu);
         headline(&all)

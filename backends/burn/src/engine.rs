@@ -5,9 +5,9 @@ use crate::device::OpenDevice;
 use crate::guard::guard;
 use crate::model::BurnModel;
 use crate::network::Network;
-use evalfw_engine::protocol::{EngineInfo, VERSION};
+use evalfw_engine::protocol::{EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::WeightLoader;
-use evalfw_engine::{Engine, LoadedModel, Result};
+use evalfw_engine::{Engine, Error, LoadedModel, Result};
 
 pub struct BurnEngine {
     device: OpenDevice,
@@ -34,11 +34,16 @@ impl Engine for BurnEngine {
             device: self.device.info.clone(),
             compute_dtype: "f32".into(),
             features: features(self.device.kind),
+            quantizations: Quantization::usual(),
             threads: rayon::current_num_threads(),
         }
     }
 
     fn load(&mut self, loader: WeightLoader<'_>) -> Result<LoadedModel> {
+        if loader.quantization() == Quantization::Native {
+            let message = "Burn with the quantization `native`; it has `nf4` and `none`".to_owned();
+            return Err(Error::Unsupported { message });
+        }
         guard(|| {
             let network = Network::load(loader, &self.device)?;
             Ok(Box::new(BurnModel::new(network)) as LoadedModel)

@@ -13,7 +13,7 @@ pub fn open(kind: CandleDevice) -> Result<Device> {
         CandleDevice::Cuda => open_gpu(
             cfg!(feature = "cuda"),
             "cuda",
-            || Device::new_cuda(0),
+            gpu::open_cuda,
             "an NVIDIA GPU and its driver, of a CUDA version not older than that of the build, are needed",
         ),
         CandleDevice::Metal => open_gpu(
@@ -70,7 +70,7 @@ pub fn info(device: &Device) -> DeviceInfo {
             name: gpu::cuda_name(device).unwrap_or_else(|| "CUDA device".to_owned()),
             driver: Some("CUDA".to_owned()),
             software: false,
-            memory_bytes: gpu::cuda_memory(device).map(|memory| memory.total),
+            memory_bytes: gpu::cuda_total(device),
         },
         Device::Metal(device) => DeviceInfo {
             kind: DeviceKind::UnifiedGpu,
@@ -82,17 +82,13 @@ pub fn info(device: &Device) -> DeviceInfo {
     }
 }
 
-/// The allocator's figures; the CPU has no allocator of its own. CUDA tells only what is free on the
-/// whole device, so that other processes are counted too.
+/// The allocator's figures; the CPU has no allocator of its own.
 pub fn memory(device: &Device) -> DeviceMemory {
     match device {
         Device::Cpu => DeviceMemory::default(),
-        Device::Cuda(device) => {
-            let used = gpu::cuda_memory(device).map(|memory| memory.total.saturating_sub(memory.free));
-            DeviceMemory { in_use_bytes: None, reserved_bytes: used }
-        }
+        Device::Cuda(device) => gpu::cuda_allocated(device),
         Device::Metal(device) => {
-            DeviceMemory { in_use_bytes: None, reserved_bytes: gpu::metal_allocated(device) }
+            DeviceMemory { reserved_bytes: gpu::metal_allocated(device), ..DeviceMemory::default() }
         }
     }
 }
@@ -100,12 +96,23 @@ pub fn memory(device: &Device) -> DeviceMemory {
 /// What only the real device types can tell; without their feature candle puts empty ones in their
 /// place.
 mod gpu {
-    use candle_core::{CudaDevice, MetalDevice};
+    use candle_core::{CudaDevice, Device, MetalDevice, Result};
+    use evalfw_engine::protocol::DeviceMemory;
 
-    /// In bytes.
-    pub struct Memory {
-        pub free: u64,
-        pub total: u64,
+    #[cfg(feature = "cuda")]
+    pub fn open_cuda() -> Result<Device> {
+        let device = Device::new_cuda(0)?;
+        if let Device::Cuda(device) = &device {
+            crate::cuda::keep_pool(device);
+            // SAFETY: everything runs on the device's one stream, which needs no events between its calls.
+            unsafe { device.disable_event_tracking() };
+        }
+        Ok(device)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    pub fn open_cuda() -> Result<Device> {
+        Device::new_cuda(0)
     }
 
     #[cfg(feature = "cuda")]
@@ -114,9 +121,14 @@ mod gpu {
     }
 
     #[cfg(feature = "cuda")]
-    pub fn cuda_memory(device: &CudaDevice) -> Option<Memory> {
-        let (free, total) = device.cuda_stream().context().mem_get_info().ok()?;
-        Some(Memory { free: free as u64, total: total as u64 })
+    pub fn cuda_total(device: &CudaDevice) -> Option<u64> {
+        let (_, total) = device.cuda_stream().context().mem_get_info().ok()?;
+        Some(total as u64)
+    }
+
+    #[cfg(feature = "cuda")]
+    pub fn cuda_allocated(device: &CudaDevice) -> DeviceMemory {
+        crate::cuda::memory(device)
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -125,8 +137,13 @@ mod gpu {
     }
 
     #[cfg(not(feature = "cuda"))]
-    pub fn cuda_memory(_: &CudaDevice) -> Option<Memory> {
+    pub fn cuda_total(_: &CudaDevice) -> Option<u64> {
         None
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    pub fn cuda_allocated(_: &CudaDevice) -> DeviceMemory {
+        DeviceMemory::default()
     }
 
     #[cfg(feature = "metal")]

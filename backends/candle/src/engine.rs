@@ -2,13 +2,14 @@
 
 use crate::block::Block;
 use crate::linear::Linear;
-use crate::matrix::{FrozenMatrix, Nf4Tables};
+use crate::matrix::{FrozenMatrix, NativeMatrix, Nf4Tables};
 use crate::model::CandleModel;
 use crate::network::Network;
-use crate::{CandleDevice, device};
+use crate::ops::Form;
+use crate::{CandleDevice, Variant, device, self_check};
 use candle_core::{Device, Tensor};
 use evalfw_engine::lora::Target;
-use evalfw_engine::protocol::{EngineInfo, VERSION};
+use evalfw_engine::protocol::{EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::{DenseTensor, Weight, WeightLoader};
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
@@ -16,18 +17,34 @@ use std::sync::Arc;
 
 pub struct CandleEngine {
     kind: CandleDevice,
+    variant: Variant,
     device: Device,
-    /// On the CPU.
-    products: Products,
+    form: Form,
+    /// What the record should say of this device beside the build's features.
+    notes: Vec<String>,
 }
 
 impl CandleEngine {
-    pub fn open(kind: CandleDevice, products: Products) -> Result<Self> {
-        Ok(Self { kind, device: device::open(kind)?, products })
+    pub fn open(kind: CandleDevice, variant: Variant) -> Result<Self> {
+        let device = device::open(kind)?;
+        let (form, notes) = match variant {
+            Variant::Stock => (Form::Stock, Vec::new()),
+            Variant::Tuned | Variant::TunedBf16 => form_that_works(&device).map_err(Error::framework)?,
+        };
+        Ok(Self { kind, variant, device, form, notes })
     }
+}
 
-    fn is_bf16(&self) -> bool {
-        self.products == Products::Bf16
+/// The tuned form, or the stock one where the tuned one is wrong on this device, and a note of that.
+fn form_that_works(device: &Device) -> candle_core::Result<(Form, Vec<String>)> {
+    let form = Form::tuned(device);
+    if form != Form::Device {
+        // The loops on the CPU are held against candle by tests.
+        return Ok((form, Vec::new()));
+    }
+    match self_check::differing_operation(device)? {
+        None => Ok((form, Vec::new())),
+        Some(name) => Ok((Form::Stock, vec![format!("stock kernels: {name} differs on this device")])),
     }
 }
 
@@ -35,20 +52,26 @@ impl Engine for CandleEngine {
     fn info(&self) -> EngineInfo {
         EngineInfo {
             protocol: VERSION,
-            engine: format!("candle-{}{}", self.kind.name(), if self.is_bf16() { "-bf16" } else { "" }),
+            engine: format!("candle-{}{}", self.kind.name(), self.variant.suffix()),
             engine_version: env!("CARGO_PKG_VERSION").to_owned(),
             framework: "candle".to_owned(),
             framework_version: env!("CANDLE_VERSION").to_owned(),
             device: device::info(&self.device),
-            compute_dtype: if self.is_bf16() { "bf16 products" } else { "f32" }.to_owned(),
-            features: device::features(self.kind),
+            compute_dtype: match self.variant.products() {
+                Products::Bf16 => "bf16 products",
+                Products::F32 => "f32",
+            }
+            .to_owned(),
+            features: device::features(self.kind).into_iter().chain(self.notes.clone()).collect(),
+            quantizations: vec![Quantization::None, Quantization::Nf4, Quantization::Native],
             threads: rayon::current_num_threads(),
         }
     }
 
     fn load(&mut self, loader: WeightLoader<'_>) -> Result<LoadedModel> {
         let tables = Nf4Tables::new(&self.device).map_err(Error::framework)?;
-        let network = Loading { loader, device: &self.device, products: self.products, tables }.network()?;
+        let arithmetic = (self.form, self.variant.products());
+        let network = Loading { loader, device: &self.device, arithmetic, tables }.network()?;
         Ok(Box::new(CandleModel::new(network)))
     }
 }
@@ -57,7 +80,7 @@ impl Engine for CandleEngine {
 struct Loading<'a> {
     loader: WeightLoader<'a>,
     device: &'a Device,
-    products: Products,
+    arithmetic: (Form, Products),
     tables: Nf4Tables,
 }
 
@@ -73,7 +96,8 @@ impl Loading<'_> {
             Some(head) => Arc::new(self.dense(head)?),
             None => embedding.clone(),
         };
-        Ok(Network { config, device: self.device.clone(), embedding, blocks, final_norm, head })
+        let (device, (form, _)) = (self.device.clone(), self.arithmetic);
+        Ok(Network { config, device, form, embedding, blocks, final_norm, head })
     }
 
     fn block(&mut self, layer: usize) -> Result<Block> {
@@ -92,7 +116,14 @@ impl Loading<'_> {
     fn linear(&mut self, layer: usize, target: Target) -> Result<Linear> {
         let projection = self.loader.projection(layer, target)?;
         let bias = projection.bias.map(|bias| self.vector(bias)).transpose()?;
-        Ok(Linear::new(layer, target, self.matrix(projection.weight)?, bias))
+        let matrix = match (self.loader.quantization(), projection.weight) {
+            (Quantization::Native, Weight::Dense(tensor)) => {
+                let native = NativeMatrix::new(tensor, self.device).map_err(Error::framework)?;
+                FrozenMatrix::Native(native)
+            }
+            (_, weight) => self.matrix(weight)?,
+        };
+        Ok(Linear::new(layer, target, matrix, bias))
     }
 
     fn dense(&self, tensor: DenseTensor) -> Result<FrozenMatrix> {
@@ -100,7 +131,7 @@ impl Loading<'_> {
     }
 
     fn matrix(&self, weight: Weight) -> Result<FrozenMatrix> {
-        FrozenMatrix::new(weight, self.device, self.products, &self.tables).map_err(Error::framework)
+        FrozenMatrix::new(weight, self.device, &self.tables, self.arithmetic).map_err(Error::framework)
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Tensor> {

@@ -2,11 +2,14 @@
 //!
 //! - [`matrix`]: the frozen weights, packed, and their products
 //! - [`ops`]: the operations of a block, each with a true backward, over the loops in [`kernels`] and `evalfw-kernels`
+//! - `cuda`: kernels of our own for NVIDIA GPUs
 //! - [`linear`], [`block`], [`network`]: the model from the inside out
-//! - [`loss`], [`training`]: gradients and the optimizer step
-//! - [`engine`], [`model`], [`device`]: the contract with evalfw
+//! - [`loss`], [`training`], [`optimizer`]: gradients and the optimizer step
+//! - [`engine`], [`model`], [`device`], [`self_check`]: the contract with evalfw
 
 mod block;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod engine;
 mod kernels;
@@ -16,6 +19,8 @@ mod matrix;
 mod model;
 mod network;
 mod ops;
+mod optimizer;
+mod self_check;
 mod training;
 mod values;
 
@@ -41,19 +46,51 @@ impl CandleDevice {
     }
 }
 
-/// Opens a device to compute in f32. Where it is not compiled in or not there, the error is
-/// [`Unavailable`](evalfw_engine::Error::Unavailable) and says what to do.
-pub fn open(device: CandleDevice) -> Result<Box<dyn Engine>> {
-    Ok(Box::new(engine::CandleEngine::open(device, Products::F32)?))
+/// How much of the arithmetic is ours. A variant is an engine of its own name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Variant {
+    /// Kernels of our own, in f32.
+    Tuned,
+    /// The same with the factors of matrix products in bf16; sums and everything else stay in f32.
+    TunedBf16,
+    /// Nothing but what candle ships: it decodes a matrix, multiplies, and leaves the gradients to its autograd.
+    Stock,
 }
 
-/// Opens the CPU to multiply matrices in bf16, with sums and everything else in f32.
-pub fn open_cpu_bf16() -> Result<Box<dyn Engine>> {
-    if !has_bf16_products() {
-        return Err(Error::Unavailable {
-            reason: "this CPU has no instruction for products of bf16 (AVX512_BF16)".to_owned(),
-            advice: "use candle-cpu, which computes in f32".to_owned(),
-        });
+impl Variant {
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Tuned => "",
+            Self::TunedBf16 => "-bf16",
+            Self::Stock => "-stock",
+        }
     }
-    Ok(Box::new(engine::CandleEngine::open(CandleDevice::Cpu, Products::Bf16)?))
+
+    fn products(self) -> Products {
+        match self {
+            Self::TunedBf16 => Products::Bf16,
+            Self::Tuned | Self::Stock => Products::F32,
+        }
+    }
+}
+
+/// Opens a device. Where it is not compiled in or not there, the error is
+/// [`Unavailable`](evalfw_engine::Error::Unavailable) and says what to do.
+pub fn open(device: CandleDevice, variant: Variant) -> Result<Box<dyn Engine>> {
+    if variant == Variant::TunedBf16 {
+        check_bf16(device)?;
+    }
+    Ok(Box::new(engine::CandleEngine::open(device, variant)?))
+}
+
+fn check_bf16(device: CandleDevice) -> Result<()> {
+    let reason = match device {
+        CandleDevice::Cpu if !has_bf16_products() => {
+            "this CPU has no instruction for products of bf16 (AVX512_BF16)"
+        }
+        CandleDevice::Metal => "products of bf16 with sums in f32 are not there on Metal",
+        CandleDevice::Cpu | CandleDevice::Cuda => return Ok(()),
+    };
+    let advice = format!("use candle-{}, which computes in f32", device.name());
+    Err(Error::Unavailable { reason: reason.to_owned(), advice })
 }

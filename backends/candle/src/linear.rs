@@ -4,12 +4,9 @@ use crate::kernels::PIECE;
 use crate::kernels::product::{Threads, View, ViewMut, add_product};
 use crate::matrix::FrozenMatrix;
 use crate::network::{Kept, Pass};
+use crate::ops::{Form, by_hand};
 use crate::values::{CpuValues, stored};
-use candle_core::backend::BackendStorage;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp3, Device, Layout, MetalStorage, Result, Shape, Storage,
-    Tensor, Var, bail,
-};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Device, Layout, Result, Shape, Tensor, Var, bail};
 use evalfw_engine::dropout::MaskKey;
 use evalfw_engine::lora::Target;
 use rayon::prelude::*;
@@ -56,7 +53,7 @@ impl Linear {
     }
 
     fn project(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let Some(lora) = &self.lora else { return x.apply_op1(FrozenOp(self.frozen.clone())) };
+        let Some(lora) = &self.lora else { return self.frozen.forward(pass.form, x) };
         // Detached factors leave no graph behind.
         let (a, b) = match pass.trace {
             true => (lora.a.as_tensor().clone(), lora.b.as_tensor().clone()),
@@ -76,9 +73,13 @@ impl Linear {
                 Kept::No | Kept::Keep(_) => None,
             },
         };
-        match x.device() {
-            Device::Cpu => x.apply_op3(&a, &b, op),
-            Device::Cuda(_) | Device::Metal(_) => op.composed(x, &a, &b),
+        match pass.form {
+            Form::Host => match self.frozen.matrix {
+                FrozenMatrix::Host(_) => x.apply_op3(&a, &b, op),
+                FrozenMatrix::Device(_) | FrozenMatrix::Native(_) => op.on_device(x, &a, &b),
+            },
+            Form::Device => op.on_device(x, &a, &b),
+            Form::Stock => op.composed(x, &a, &b),
         }
     }
 }
@@ -92,9 +93,45 @@ struct Frozen {
 }
 
 impl Frozen {
+    /// `x Wᵀ + b`, with a gradient of `x` only; the stock form has candle's own.
+    fn forward(self: &Arc<Self>, form: Form, x: &Tensor) -> Result<Tensor> {
+        match (form, &self.matrix) {
+            (Form::Host, FrozenMatrix::Host(_)) => x.apply_op1(FrozenOp(self.clone())),
+            (Form::Host | Form::Device, _) => {
+                let frozen = self.clone();
+                by_hand::op1("frozen-linear", x, self.untraced(&x.detach())?, move |_, grad| {
+                    frozen.matrix.transposed_product(grad)
+                })
+            }
+            (Form::Stock, _) => self.composed(x),
+        }
+    }
+
+    /// On whatever device the matrix is.
+    fn untraced(&self, x: &Tensor) -> Result<Tensor> {
+        let product = self.matrix.product(x)?;
+        match &self.bias {
+            Some(bias) => product.broadcast_add(bias),
+            None => Ok(product),
+        }
+    }
+
+    /// As with a plain matrix: where candle traces, it also computes the gradient of the weight. Its own quantized
+    /// product has no gradient, and serves where none is needed.
+    fn composed(&self, x: &Tensor) -> Result<Tensor> {
+        let product = match &self.matrix {
+            FrozenMatrix::Native(matrix) if !x.track_op() => matrix.product(x)?,
+            matrix => x.matmul(&matrix.decode()?.t()?)?,
+        };
+        match &self.bias {
+            Some(bias) => product.broadcast_add(bias),
+            None => Ok(product),
+        }
+    }
+
     /// `x Wᵀ + b` on the CPU.
-    fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let FrozenMatrix::Host(matrix) = &self.matrix else { bail!("the matrix is not on the cpu") };
+    fn forward_on_host(&self, x: &[f32]) -> Result<Vec<f32>> {
+        let FrozenMatrix::Host(matrix) = &self.matrix else { bail!("the matrix is not on the host") };
         let [out_features, in_features] = matrix.shape();
         let mut out = vec![0.0; x.len() / in_features * out_features];
         if let Some(bias) = &self.bias {
@@ -104,30 +141,6 @@ impl Frozen {
         }
         matrix.add_product(x, &mut out);
         Ok(out)
-    }
-
-    /// The same where the matrix is a tensor; `storage_of` picks the storage of the device's kind.
-    fn forward_on_device<S: BackendStorage>(
-        &self,
-        x: &S,
-        layout: &Layout,
-        storage_of: fn(&Storage) -> Option<&S>,
-    ) -> Result<(S, Shape)> {
-        let FrozenMatrix::Device(matrix) = &self.matrix else { bail!("the matrix is not on the device") };
-        let (rows, in_features) = layout.shape().dims2()?;
-        let [out_features, _] = matrix.shape();
-        let shape = Shape::from((rows, out_features));
-        let weight = matrix.decode()?;
-        let (weight, weight_layout) = weight.storage_and_layout();
-        let Some(weight) = storage_of(&weight) else { bail!("matrix and input are on different devices") };
-        let sizes = (1, rows, out_features, in_features);
-        let out = x.matmul(weight, sizes, layout, &weight_layout.transpose(0, 1)?)?;
-        let Some(bias) = &self.bias else { return Ok((out, shape)) };
-        let (bias, bias_layout) = bias.storage_and_layout();
-        let Some(bias) = storage_of(&bias) else { bail!("bias and input are on different devices") };
-        let out_layout = Layout::contiguous(shape.clone());
-        let bias_layout = bias_layout.broadcast_as(shape.clone())?;
-        Ok((out.binary_impl::<candle_core::op::Add>(bias, &out_layout, &bias_layout)?, shape))
     }
 }
 
@@ -139,31 +152,9 @@ impl CustomOp1 for FrozenOp {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        match &self.0.matrix {
-            FrozenMatrix::Host(matrix) => {
-                let (rows, _) = layout.shape().dims2()?;
-                let out = self.0.forward(stored(storage, layout)?)?;
-                Ok((CpuStorage::F32(out), Shape::from((rows, matrix.shape()[0]))))
-            }
-            FrozenMatrix::Device(_) => self.0.forward_on_device(storage, layout, |storage| match storage {
-                Storage::Cpu(storage) => Some(storage),
-                _ => None,
-            }),
-        }
-    }
-
-    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.0.forward_on_device(storage, layout, |storage| match storage {
-            Storage::Cuda(storage) => Some(storage),
-            _ => None,
-        })
-    }
-
-    fn metal_fwd(&self, storage: &MetalStorage, layout: &Layout) -> Result<(MetalStorage, Shape)> {
-        self.0.forward_on_device(storage, layout, |storage| match storage {
-            Storage::Metal(storage) => Some(storage),
-            _ => None,
-        })
+        let (rows, _) = layout.shape().dims2()?;
+        let out = self.0.forward_on_host(stored(storage, layout)?)?;
+        Ok((CpuStorage::F32(out), Shape::from((rows, self.0.matrix.shape()[0]))))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
@@ -177,7 +168,7 @@ struct LoraOp {
     frozen: Arc<Frozen>,
     scale: f64,
     mask: Option<Mask>,
-    /// On the CPU, where the operation has been computed before with the same inputs.
+    /// Where the operation has been computed before with the same inputs.
     known: Option<Known>,
 }
 
@@ -187,6 +178,7 @@ enum Known {
     NotNeeded,
 }
 
+#[derive(Clone, Copy)]
 struct Mask {
     key: MaskKey,
     rate: f32,
@@ -200,16 +192,53 @@ impl Mask {
             .for_each(|(i, piece)| self.key.fill_from(self.rate, i * PIECE, piece));
         mask
     }
+
+    /// `mask ⊙ x` on the device of `x`.
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() && !x.track_op() {
+            return crate::cuda::dropout(&x.contiguous()?, &self.key.parameters(self.rate));
+        }
+        x * Tensor::from_vec(self.values(x.elem_count()), x.shape(), x.device())?
+    }
+}
+
+/// `mask ⊙ x`, or `x` where nothing is dropped.
+fn apply(mask: Option<&Mask>, x: &Tensor) -> Result<Tensor> {
+    mask.map_or_else(|| Ok(x.clone()), |mask| mask.apply(x))
 }
 
 impl LoraOp {
+    /// With candle's own autograd.
     fn composed(&self, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-        let masked = match &self.mask {
-            Some(mask) => (x * Tensor::from_vec(mask.values(x.elem_count()), x.shape(), x.device())?)?,
-            None => x.clone(),
-        };
+        let masked = apply(self.mask.as_ref(), x)?;
         let delta = (masked.matmul(&a.t()?)? * self.scale)?.matmul(&b.t()?)?;
-        x.apply_op1(FrozenOp(self.frozen.clone()))? + delta
+        self.frozen.composed(x)? + delta
+    }
+
+    /// By candle's operations on any device, with a backward that keeps nothing but the arguments.
+    fn on_device(self, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        let result = match &self.known {
+            Some(Known::Result(result)) => result.clone(),
+            Some(Known::NotNeeded) => {
+                Tensor::zeros((x.dim(0)?, self.frozen.matrix.shape()[0]), x.dtype(), x.device())?
+            }
+            None => {
+                let (x, a, b) = (x.detach(), a.detach(), b.detach());
+                let inner = apply(self.mask.as_ref(), &x)?.matmul(&a.t()?)?;
+                (self.frozen.untraced(&x)? + (inner * self.scale)?.matmul(&b.t()?)?)?
+            }
+        };
+        let Self { frozen, scale, mask, .. } = self;
+        by_hand::op3("lora-linear", [x, a, b], result, move |[x, a, b], grad| {
+            let masked = apply(mask.as_ref(), x)?;
+            let inner = (masked.matmul(&a.t()?)? * scale)?;
+            let of_b = grad.t()?.matmul(&inner)?;
+            let of_inner = (grad.matmul(b)? * scale)?;
+            let of_a = of_inner.t()?.matmul(&masked)?;
+            let through_a = apply(mask.as_ref(), &of_inner.matmul(a)?)?;
+            Ok([(frozen.matrix.transposed_product(grad)? + through_a)?, of_a, of_b])
+        })
     }
 
     /// `mask ⊙ x`, and the mask.
@@ -259,7 +288,7 @@ impl CustomOp3 for LoraOp {
             return Ok((CpuStorage::F32(known), Shape::from((rows, out_features))));
         }
         let (x, a, b) = (stored(x, x_layout)?, stored(a, a_layout)?, stored(b, b_layout)?);
-        let mut out = self.frozen.forward(x)?;
+        let mut out = self.frozen.forward_on_host(x)?;
         let masked = self.masked(x);
         let input = View::new(masked.as_ref().map_or(x, |(masked, _)| masked), in_features);
         let inner = product(r, 1.0, input, View::new(a, in_features).t());
@@ -307,36 +336,44 @@ impl CustomOp3 for LoraOp {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matrix::{DeviceMatrix, HostMatrix, Nf4Tables};
+    use crate::matrix::{Decoding, DeviceMatrix, HostMatrix, Nf4Tables};
     use crate::ops::testing::{assert_alike, var};
     use evalfw_engine::nf4::Nf4Tensor;
     use evalfw_engine::weights::Weight;
     use evalfw_kernels::Products;
 
-    /// The fused operation on the host's matrix, against the composition for GPUs on a tensor matrix.
+    /// On the host's matrix, and by candle's operations on a tensor matrix, against candle's autograd.
     #[test]
-    fn the_fused_form_is_the_composed_one() {
+    fn all_forms_are_alike() {
         let (rows, in_features, out_features, r) = (9, 40, 70, 4);
         let values: Vec<f32> = (0..out_features * in_features).map(|i| (i as f32 * 0.9).sin()).collect();
         let weight = Weight::Nf4(Nf4Tensor::quantize([out_features, in_features], &values));
         let tables = Nf4Tables::new(&Device::Cpu).unwrap();
         let bias = Some(var(&[out_features], 5).as_detached_tensor());
-        let device = DeviceMatrix::new(weight.clone(), &Device::Cpu, &tables).unwrap();
+        let plain = (Decoding::Composed, Products::F32);
+        let device = DeviceMatrix::new(weight.clone(), &Device::Cpu, &tables, plain).unwrap();
         let key = MaskKey { seed: 1, step: 2, micro_batch: 3, layer: 4, target: Target::Up };
         let (x, a, b) = (var(&[rows, in_features], 1), var(&[r, in_features], 2), var(&[out_features, r], 3));
         for rate in [None, Some(0.3)] {
-            let op = |matrix, bias: &Option<Tensor>| LoraOp {
+            let op = |matrix| LoraOp {
                 frozen: Arc::new(Frozen { matrix, bias: bias.clone() }),
                 scale: 2.0,
                 mask: rate.map(|rate| Mask { key, rate }),
                 known: None,
             };
-            let fused = || {
-                let host = HostMatrix::new(weight.clone(), Products::F32);
-                x.apply_op3(&a, &b, op(FrozenMatrix::Host(host), &bias))
-            };
-            let composed = || op(FrozenMatrix::Device(device.clone()), &bias).composed(x.as_tensor(), &a, &b);
-            assert_alike(&[&x, &a, &b], fused, composed);
+            let of_host = || FrozenMatrix::Host(HostMatrix::new(weight.clone(), Products::F32));
+            let of_device = || FrozenMatrix::Device(device.clone());
+            let composed = || op(of_device()).composed(&x, &a, &b);
+            assert_alike(&[&x, &a, &b], || x.apply_op3(&a, &b, op(of_host())), composed);
+            assert_alike(&[&x, &a, &b], || op(of_device()).on_device(&x, &a, &b), composed);
+        }
+        let frozen = |matrix| Arc::new(Frozen { matrix, bias: bias.clone() });
+        let (host, device) = (
+            frozen(FrozenMatrix::Host(HostMatrix::new(weight, Products::F32))),
+            frozen(FrozenMatrix::Device(device)),
+        );
+        for (form, matrix) in [(Form::Host, &host), (Form::Device, &device)] {
+            assert_alike(&[&x], || matrix.forward(form, &x), || device.forward(Form::Stock, &x));
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Softmax cross-entropy over a large vocabulary: a few rows at a time, with the gradient written down
 //! by hand. The logits of all positions never exist at once, and autograd keeps none of them.
 
-use crate::matrix::{DeviceMatrix, FrozenMatrix, HostMatrix};
+use crate::matrix::{FrozenMatrix, HostMatrix};
 use crate::values::CpuValues;
 use candle_core::{D, Device, Result, Tensor, bail};
 use evalfw_kernels::elementwise::exponentials;
@@ -30,7 +30,7 @@ impl<'a> CrossEntropy<'a> {
         for (hidden, targets) in self.chunks(hidden, targets)? {
             sum += match self.head {
                 FrozenMatrix::Host(head) => host_logits(head, &hidden, targets, None)?.0,
-                FrozenMatrix::Device(head) => device_logits(head, &hidden, targets, None)?.0,
+                head => device_logits(head, &hidden, targets, None)?.0,
             };
         }
         Ok(sum)
@@ -47,7 +47,7 @@ impl<'a> CrossEntropy<'a> {
                     let shape = (targets.len(), head.shape()[0]);
                     (loss, Tensor::from_vec(of_logits, shape, &Device::Cpu)?)
                 }
-                FrozenMatrix::Device(head) => device_logits(head, &hidden, targets, Some(weight))?,
+                head => device_logits(head, &hidden, targets, Some(weight))?,
             };
             sum += loss;
             gradients.push(self.head.transposed_product(&of_logits)?);
@@ -97,7 +97,7 @@ fn host_logits(
 
 /// The same with candle's operations.
 fn device_logits(
-    head: &DeviceMatrix,
+    head: &FrozenMatrix,
     hidden: &Tensor,
     targets: &[u32],
     weight: Option<f64>,
@@ -118,7 +118,7 @@ fn device_logits(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matrix::Nf4Tables;
+    use crate::matrix::{Decoding, DeviceMatrix, Nf4Tables};
     use candle_core::Var;
     use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
     use evalfw_kernels::Products;
@@ -151,7 +151,9 @@ mod tests {
         let shape = [300, 16];
         let host = FrozenMatrix::Host(HostMatrix::new(weight(shape), Products::F32));
         let tables = Nf4Tables::new(&Device::Cpu).unwrap();
-        let device = FrozenMatrix::Device(DeviceMatrix::new(weight(shape), &Device::Cpu, &tables).unwrap());
+        let plain = (Decoding::Composed, Products::F32);
+        let device = DeviceMatrix::new(weight(shape), &Device::Cpu, &tables, plain).unwrap();
+        let device = FrozenMatrix::Device(device);
         let hidden = Tensor::from_vec(weight([4, 16]).dense(), (4, 16), &Device::Cpu).unwrap();
         let both = |head| CrossEntropy::new(head).sum_and_gradient(&hidden, &[0, 299, 7, 7], 0.25).unwrap();
         let ((host_loss, host_gradient), (device_loss, device_gradient)) = (both(&host), both(&device));

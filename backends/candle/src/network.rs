@@ -4,7 +4,7 @@
 use crate::block::{Block, BlockCache};
 use crate::linear::Linear;
 use crate::matrix::FrozenMatrix;
-use crate::ops::{RopeTables, rms_norm};
+use crate::ops::{Causal, Form, RopeTables, rms_norm};
 use candle_core::{Device, Result, Tensor};
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::dropout::MaskKey;
@@ -16,6 +16,7 @@ use std::sync::Arc;
 pub struct Network {
     pub config: ModelConfig,
     pub device: Device,
+    pub form: Form,
     /// `[vocab_size, hidden_size]`
     pub embedding: Arc<FrozenMatrix>,
     pub blocks: Vec<Block>,
@@ -32,6 +33,8 @@ pub struct Pass<'a> {
     /// Positions of each example, padding included.
     pub slots: usize,
     pub rope: RopeTables,
+    pub causal: Causal,
+    pub form: Form,
     /// Whether the adapter's factors take part in autograd.
     pub trace: bool,
     pub dropout: Option<Dropout>,
@@ -76,7 +79,7 @@ impl Pass<'_> {
 
     /// The same pass with or without a graph.
     pub fn traced(&self, trace: bool) -> Self {
-        Self { config: self.config, rope: self.rope.clone(), trace, ..*self }
+        Self { rope: self.rope.clone(), causal: self.causal.clone(), trace, ..*self }
     }
 
     /// The same pass over a block whose results are `kept`.
@@ -84,7 +87,7 @@ impl Pass<'_> {
     where
         Self: 'k,
     {
-        Pass { config: self.config, rope: self.rope.clone(), kept, ..*self }
+        Pass { rope: self.rope.clone(), causal: self.causal.clone(), kept, ..*self }
     }
 }
 
@@ -92,8 +95,11 @@ impl Network {
     /// A pass over `examples` sequences whose positions begin at `start`, without graph or dropout.
     pub fn pass(&self, examples: usize, slots: usize, start: usize) -> Result<Pass<'_>> {
         let config = &self.config;
-        let rope = RopeTables::new(config.rope_theta, config.head_dim, start, slots, &self.device)?;
-        Ok(Pass { config, examples, slots, rope, trace: false, dropout: None, kept: Kept::No })
+        let (device, form) = (&self.device, self.form);
+        let rope = RopeTables::new(config.rope_theta, config.head_dim, start, slots, device)?;
+        let causal = Causal::new(form, [examples, config.num_attention_heads], start, slots, device)?;
+        let (trace, dropout, kept) = (false, None, Kept::No);
+        Ok(Pass { config, examples, slots, rope, causal, form, trace, dropout, kept })
     }
 
     /// The hidden states `[tokens, hidden_size]` after the last block. With `caches`, one for each
@@ -121,7 +127,7 @@ impl Network {
     }
 
     pub fn norm(&self, x: &Tensor) -> Result<Tensor> {
-        rms_norm(x, &self.final_norm, self.config.rms_norm_eps)
+        rms_norm(self.form, x, &self.final_norm, self.config.rms_norm_eps)
     }
 
     pub fn projections(&self) -> impl Iterator<Item = &Linear> {

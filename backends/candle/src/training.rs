@@ -3,10 +3,10 @@
 use crate::linear::Lora;
 use crate::loss::CrossEntropy;
 use crate::network::{Dropout, Kept, Network, Pass};
-use crate::ops::with_gradient;
+use crate::ops::{Form, with_gradient};
+use crate::optimizer::Optimizer;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var, bail};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use evalfw_engine::batch::Batch;
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::{LoraConfig, Target};
@@ -20,7 +20,7 @@ use std::fmt::Debug;
 pub struct Trainer {
     lora: LoraConfig,
     config: TrainingConfig,
-    optimizer: AdamW,
+    optimizer: Optimizer,
 }
 
 /// The gradients of the adapter, summed over micro-batches.
@@ -33,19 +33,9 @@ pub struct LoraGradient {
 }
 
 impl Trainer {
-    /// Prepares AdamW for the adapter of `network`. candle's AdamW is that of PyTorch: decoupled weight
-    /// decay, bias correction of both moments, epsilon outside the root.
     pub fn new(network: &Network, lora: LoraConfig, config: TrainingConfig) -> Result<Self> {
-        let factors = network.projections().filter_map(|projection| projection.lora.as_ref());
-        let vars = factors.flat_map(|lora| [lora.a.clone(), lora.b.clone()]).collect();
-        let params = ParamsAdamW {
-            lr: config.learning_rate,
-            beta1: config.beta1,
-            beta2: config.beta2,
-            eps: config.epsilon,
-            weight_decay: config.weight_decay,
-        };
-        Ok(Self { lora, config, optimizer: AdamW::new(vars, params)? })
+        let optimizer = Optimizer::new(network, &config)?;
+        Ok(Self { lora, config, optimizer })
     }
 
     /// The gradients of the mean loss over all micro-batches, before clipping.
@@ -77,7 +67,7 @@ impl Trainer {
         if let Some(max_norm) = self.config.max_grad_norm {
             gradients.clip(result.grad_norm, max_norm)?;
         }
-        self.optimizer.step(&gradients.into_store(network)?)?;
+        self.optimizer.step(network, gradients)?;
         Ok(result)
     }
 }
@@ -103,9 +93,11 @@ impl MicroBatch<'_> {
         let mut inputs = Vec::with_capacity(network.blocks.len());
         let mut x = network.embedding.rows(&self.batch.flat_ids())?;
         // As many of the first blocks as fit.
-        let blocks_kept = match network.device.is_cpu() {
-            true => self.kept_bytes / kept_bytes_of_a_block(&network.config, self.pass.rows()),
-            false => 0,
+        let blocks_kept = match network.form {
+            Form::Host | Form::Device => {
+                self.kept_bytes / kept_bytes_of_a_block(&network.config, self.pass.rows())
+            }
+            Form::Stock => 0,
         };
         for (index, block) in (0..).zip(&network.blocks) {
             let kept = RefCell::default();
@@ -123,7 +115,7 @@ impl MicroBatch<'_> {
         for (block, (input, kept)) in network.blocks.iter().zip(inputs).rev() {
             let input = Var::from_tensor(&input)?;
             let out = block.forward(&input, &traced.keeping(Kept::Again(&kept)), None)?;
-            let mut store = with_gradient(&out, of_output)?.backward()?;
+            let mut store = with_gradient(network.form, &out, of_output)?.backward()?;
             of_output = take(&mut store, &input, "the input of a block")?;
             for projection in &block.projections {
                 let Some(lora) = &projection.lora else { continue };
@@ -160,7 +152,7 @@ impl MicroBatch<'_> {
         let hidden = self.network.norm(&last_hidden.index_select(&rows, 0)?)?;
         let cross_entropy = CrossEntropy::new(&self.network.head);
         let (loss, of_hidden) = cross_entropy.sum_and_gradient(&hidden.detach(), &tokens, self.weight)?;
-        Ok(Some((loss, with_gradient(&hidden, of_hidden)?)))
+        Ok(Some((loss, with_gradient(self.network.form, &hidden, of_hidden)?)))
     }
 }
 
@@ -228,7 +220,7 @@ impl Gradients {
     }
 
     /// In the form in which candle's optimizers expect them.
-    fn into_store(mut self, network: &Network) -> Result<GradStore> {
+    pub fn into_store(mut self, network: &Network) -> Result<GradStore> {
         let mut store = GradStore::default();
         for projection in network.projections() {
             let Some(lora) = &projection.lora else { continue };

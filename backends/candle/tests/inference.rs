@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::{Activation, VarBuilder};
 use candle_transformers::models::qwen2;
 use common::*;
-use evalfw_candle::CandleDevice;
+use evalfw_candle::{CandleDevice, Variant};
 use evalfw_engine::Error;
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::Target;
@@ -142,7 +142,7 @@ fn decode_without_a_prefill_is_refused() {
 
 #[test]
 fn the_cpu_says_who_it_is() {
-    let info = evalfw_candle::open(CandleDevice::Cpu).unwrap().info();
+    let info = evalfw_candle::open(CandleDevice::Cpu, Variant::Tuned).unwrap().info();
     assert_eq!((info.engine.as_str(), info.framework.as_str()), ("candle-cpu", "candle"));
     assert_eq!((info.device.kind, info.device.software), (DeviceKind::Cpu, false));
     assert!(!info.device.name.is_empty() && info.threads > 0);
@@ -153,7 +153,7 @@ fn the_cpu_says_who_it_is() {
 #[test]
 fn a_device_that_was_not_compiled_in_says_which_feature_to_build_with() {
     for (device, feature) in [(CandleDevice::Cuda, "`cuda`"), (CandleDevice::Metal, "`metal`")] {
-        match evalfw_candle::open(device).map(|_| ()) {
+        match evalfw_candle::open(device, Variant::Tuned).map(|_| ()) {
             Err(Error::Unavailable { advice, .. }) => assert!(advice.contains(feature), "{advice}"),
             other => panic!("{other:?}"),
         }

@@ -24,9 +24,7 @@ impl MaskKey {
 
     /// Writes the part of the mask that begins at element `start`, so that threads can share the work.
     pub fn fill_from(&self, rate: f32, start: usize, mask: &mut [f32]) {
-        let (low, high) = self.words();
-        let kept = 1.0 / (1.0 - rate);
-        let threshold = (f64::from(rate) * 2f64.powi(32)) as u32;
+        let MaskParameters { low, high, threshold, kept } = self.parameters(rate);
         let start = start as u32;
         for (index, value) in mask.iter_mut().enumerate() {
             let element = start.wrapping_add(index as u32);
@@ -41,11 +39,27 @@ impl MaskKey {
         mask
     }
 
-    fn words(&self) -> (u32, u32) {
+    /// For an engine that makes the mask on its device.
+    pub fn parameters(&self, rate: f32) -> MaskParameters {
         let place = (self.micro_batch as u64) << 32 | (self.layer as u64) << 8 | self.target as u64;
         let key = mix64(mix64(mix64(self.seed) ^ self.step) ^ place);
-        (key as u32, (key >> 32) as u32)
+        MaskParameters {
+            low: key as u32,
+            high: (key >> 32) as u32,
+            threshold: (f64::from(rate) * 2f64.powi(32)) as u32,
+            kept: 1.0 / (1.0 - rate),
+        }
     }
+}
+
+/// What the values of a mask are computed from. For element `i`, a u32 that wraps around:
+/// `mix32(mix32(i · 0x9E3779B9 ^ low) ^ high) < threshold ? 0 : kept`, with the 32-bit finalizer of MurmurHash3.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MaskParameters {
+    pub low: u32,
+    pub high: u32,
+    pub threshold: u32,
+    pub kept: f32,
 }
 
 /// The finalizer of SplitMix64 (Steele, Lea, Flood 2014), with its increment.

@@ -97,6 +97,9 @@ pub struct EngineInfo {
     pub compute_dtype: String,
     /// Compile-time switches that change speed, e.g. `x86-v4`, `autotune`.
     pub features: Vec<String>,
+    /// The forms of the base that the engine can load.
+    #[serde(default = "Quantization::usual")]
+    pub quantizations: Vec<Quantization>,
     pub threads: usize,
 }
 
@@ -130,6 +133,15 @@ pub enum Quantization {
     None,
     /// NF4 with double quantisation for the seven projections; embedding, head and norms as they are.
     Nf4,
+    /// The framework's own 4-bit format for the seven projections.
+    Native,
+}
+
+impl Quantization {
+    /// What every engine has.
+    pub fn usual() -> Vec<Self> {
+        vec![Self::None, Self::Nf4]
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -335,6 +347,9 @@ pub struct DeviceMemory {
     pub in_use_bytes: Option<u64>,
     /// Bytes taken from the device, free pool pages included.
     pub reserved_bytes: Option<u64>,
+    /// The most bytes of the device that the process ever held.
+    #[serde(default)]
+    pub peak_bytes: Option<u64>,
 }
 
 impl Response {

@@ -110,7 +110,8 @@ impl<'a> WeightLoader<'a> {
         let name = format!("{prefix}.weight");
         let shape = self.config().projection_shape(target);
         let weight = match self.quantization {
-            Quantization::None => Weight::Dense(self.dense(&name, shape)?),
+            // The engine quantizes to its own format, one matrix at a time.
+            Quantization::None | Quantization::Native => Weight::Dense(self.dense(&name, shape)?),
             Quantization::Nf4 => Weight::Nf4(self.nf4(&name, shape)?),
         };
         let bias = match target.has_bias() {

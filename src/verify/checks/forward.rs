@@ -7,7 +7,7 @@ use crate::verify::session::Broken;
 use evalfw_engine::protocol::{Decode, Logits, Prefill, TrainingConfig};
 
 impl Bench<'_> {
-    pub fn logits(&mut self) -> Result<(), Broken> {
+    pub fn logits(&mut self, tolerance: f64) -> Result<(), Broken> {
         let output = self.scratch.path().join("logits.safetensors");
         let mut all = Vec::new();
         for prompt in &self.model.prompts {
@@ -17,7 +17,7 @@ impl Bench<'_> {
             let place = format!("prompt of {} tokens", prompt.tokens.len());
             all.push(Deviation::new(relative_to_largest(&got, &prompt.logits), place));
         }
-        self.report("logits", Deviation::largest(all), self.tolerances.logits);
+        self.report("logits", Deviation::largest(all), tolerance);
         Ok(())
     }
 
@@ -53,10 +53,9 @@ impl Bench<'_> {
         Ok(Deviation::new(wrong as f64, place))
     }
 
-    pub fn losses(&mut self) -> Result<(), Broken> {
+    pub fn losses(&mut self, tolerance: f64) -> Result<(), Broken> {
         let model = self.model;
         let expected = model.losses.of(self.quantization);
-        let tolerance = self.tolerances.losses;
         self.batch_losses("losses without adapter", &expected.base, tolerance)?;
         self.attach(&model.adapter, TrainingConfig::default())?;
         self.batch_losses("losses with adapter", &expected.adapter, tolerance)?;

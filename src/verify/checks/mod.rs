@@ -6,11 +6,12 @@ mod training;
 use super::compare::{Deviation, relative};
 use super::reference::ReferenceModel;
 use super::session::{Broken, Session};
-use super::tolerance::Tolerances;
+use super::tolerance::{NATIVE_LOGITS, NATIVE_LOSSES, Tolerances};
 use super::{Check, Scope, Verdict};
 use crate::worker::WorkerCommand;
 use evalfw_engine::lora::Adapter;
 use evalfw_engine::protocol::{AttachAdapter, BatchRef, Evaluate, Quantization, TrainingConfig};
+use std::collections::VecDeque;
 use std::path::Path;
 use tempfile::TempDir;
 
@@ -21,9 +22,13 @@ pub fn run(
     scope: Scope,
     verdict: &mut Verdict,
 ) -> Result<(), Broken> {
-    for quantization in [Quantization::None, Quantization::Nf4] {
+    let mut forms = VecDeque::from([Quantization::None, Quantization::Nf4]);
+    while let Some(quantization) = forms.pop_front() {
         let (session, info) = Session::open(command, &model.model, quantization)?;
         let tolerances = session.harness("hello", Tolerances::of(&info.compute_dtype))?;
+        if quantization == Quantization::Nf4 && info.quantizations.contains(&Quantization::Native) {
+            forms.push_back(Quantization::Native);
+        }
         verdict.info = Some(info);
         verdict.tolerances = Some(tolerances);
         let scratch = session.harness("scratch", tempfile::tempdir())?;
@@ -44,12 +49,15 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn checks(&mut self, scope: Scope) -> Result<(), Broken> {
+        if self.quantization == Quantization::Native {
+            return self.native_checks();
+        }
         let exact = self.quantization == Quantization::None;
         if exact {
-            self.logits()?;
+            self.logits(self.tolerances.logits)?;
             self.decoding()?;
         }
-        self.losses()?;
+        self.losses(self.tolerances.losses)?;
         self.gradients()?;
         if exact {
             self.dropout_gradients()?;
@@ -61,6 +69,14 @@ impl Bench<'_> {
         self.curves(scope)
     }
 
+    /// No reference has a framework's own format, so that it is held against what it stands for: the unquantized
+    /// model, as far as 4 bits can be near it.
+    fn native_checks(&mut self) -> Result<(), Broken> {
+        self.logits(NATIVE_LOGITS)?;
+        self.losses(NATIVE_LOSSES)?;
+        self.gradients_without_reference().map(drop)
+    }
+
     fn report(&mut self, name: &str, deviation: Deviation, tolerance: f64) {
         let name = self.label(name);
         self.verdict.checks.push(Check::new(&self.model.name, name, deviation, tolerance));
@@ -70,6 +86,7 @@ impl Bench<'_> {
         match self.quantization {
             Quantization::None => name.to_owned(),
             Quantization::Nf4 => format!("NF4: {name}"),
+            Quantization::Native => format!("native 4-bit: {name}"),
         }
     }
 

@@ -5,7 +5,7 @@ mod checkpoint;
 mod model;
 mod mutation;
 
-use evalfw_candle::{CandleDevice, open};
+use evalfw_candle::{CandleDevice, Variant, open};
 use evalfw_engine::checkpoint::Checkpoint;
 use evalfw_engine::protocol::{EngineInfo, LoadTimes};
 use evalfw_engine::serve::serve_stdio;
@@ -18,7 +18,7 @@ fn main() -> std::io::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let mutant = Mutant::parse(&arguments).unwrap_or_else(|problem| panic!("{problem}"));
     serve_stdio(Box::new(move || {
-        let engine = open(CandleDevice::Cpu)?;
+        let engine = open(CandleDevice::Cpu, Variant::Tuned)?;
         Ok(Box::new(MutantEngine { engine, mutant }))
     }))
 }

@@ -1,18 +1,18 @@
-//! Frozen matrices on a GPU, decoded with candle's own operations. Slower than a fused kernel, and the
-//! place where one will stand.
+//! Frozen matrices as tensors: on a GPU, and for candle's own operations on the CPU.
 
+use super::nf4::{Decoding, Nf4, Nf4Tables};
 use candle_core::{DType, Device, Result, Tensor};
-use evalfw_engine::nf4::{BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, Nf4Tensor};
 use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
+use evalfw_kernels::Products;
 
-/// Elements of a dense matrix that are widened to f32 at a time: 256 MiB. The head of a 7B model has
-/// eight times as many.
-const TILE: usize = 1 << 26;
+/// Bytes of a dense matrix that are converted at a time. The head of a 7B model has eight times as many.
+const TILE_BYTES: usize = 256 << 20;
 
 #[derive(Clone)]
 pub struct DeviceMatrix {
     shape: [usize; 2],
     elements: Elements,
+    products: Products,
 }
 
 #[derive(Clone)]
@@ -22,49 +22,27 @@ enum Elements {
     Nf4(Nf4),
 }
 
-/// An NF4 matrix as tensors, in the 4.127 bits a weight of its host form. Both kinds of codes are
-/// padded to whole blocks.
-#[derive(Clone)]
-struct Nf4 {
-    tables: Nf4Tables,
-    /// u8, two values each.
-    codes: Tensor,
-    /// u8, one for each block.
-    scale_codes: Tensor,
-    /// f32 `[nested blocks, 1]`
-    nested: Tensor,
-    offset: f64,
-}
-
-/// The tables all NF4 matrices of a device share.
-#[derive(Clone)]
-pub struct Nf4Tables {
-    /// `[256, 2]`: both levels of a byte.
-    pairs: Tensor,
-    /// `[256]`: the values of the 8-bit scales.
-    scales: Tensor,
-}
-
-impl Nf4Tables {
-    pub fn new(device: &Device) -> Result<Self> {
-        let pairs: Vec<f32> = (0..256).flat_map(|byte| [LEVELS[byte >> 4], LEVELS[byte & 15]]).collect();
-        Ok(Self {
-            pairs: Tensor::from_vec(pairs, (256, 2), device)?,
-            scales: Tensor::new(&DYNAMIC_MAP[..], device)?,
-        })
-    }
-}
-
 impl DeviceMatrix {
-    pub fn new(weight: Weight, device: &Device, tables: &Nf4Tables) -> Result<Self> {
-        match weight {
+    pub fn new(
+        weight: Weight,
+        device: &Device,
+        tables: &Nf4Tables,
+        (decoding, products): (Decoding, Products),
+    ) -> Result<Self> {
+        let shape = match &weight {
+            Weight::Dense(tensor) => tensor.shape,
+            Weight::Nf4(tensor) => tensor.shape,
+        };
+        let elements = match weight {
             Weight::Dense(tensor) => {
-                Ok(Self { shape: tensor.shape, elements: Elements::Dense(upload(tensor, device)?) })
+                let dense = upload(tensor, device)?;
+                // candle multiplies other types on the CPU by widening them for every call.
+                let widen = device.is_cpu() && decoding == Decoding::Composed;
+                Elements::Dense(if widen { dense.to_dtype(DType::F32)? } else { dense })
             }
-            Weight::Nf4(tensor) => {
-                Ok(Self { shape: tensor.shape, elements: Elements::Nf4(Nf4::new(tensor, device, tables)?) })
-            }
-        }
+            Weight::Nf4(tensor) => Elements::Nf4(Nf4::new(tensor, device, tables, decoding)?),
+        };
+        Ok(Self { shape, elements, products })
     }
 
     pub fn shape(&self) -> [usize; 2] {
@@ -75,13 +53,17 @@ impl DeviceMatrix {
     pub fn decode(&self) -> Result<Tensor> {
         match &self.elements {
             Elements::Dense(tensor) => tensor.to_dtype(DType::F32),
-            Elements::Nf4(nf4) => nf4.decode(self.shape),
+            Elements::Nf4(nf4) => nf4.decode(DType::F32),
         }
     }
 
     /// `x · Wᵀ`
     pub fn product(&self, x: &Tensor) -> Result<Tensor> {
-        let parts: Vec<_> = self.tiles().map(|tile| x.matmul(&tile?.t()?)).collect::<Result<_>>()?;
+        if let Some(product) = self.matvec(x)? {
+            return Ok(product);
+        }
+        let x = self.factor(x)?;
+        let parts: Vec<_> = self.tiles().map(|tile| self.multiply(&x, &tile?)).collect::<Result<_>>()?;
         match &parts[..] {
             [whole] => Ok(whole.clone()),
             parts => Tensor::cat(parts, 1),
@@ -90,12 +72,13 @@ impl DeviceMatrix {
 
     /// `y · W`
     pub fn transposed_product(&self, y: &Tensor) -> Result<Tensor> {
+        let y = self.factor(y)?;
         let mut sum: Option<Tensor> = None;
         let mut start = 0;
         for tile in self.tiles() {
             let tile = tile?;
             let rows = tile.dim(0)?;
-            let part = y.narrow(1, start, rows)?.contiguous()?.matmul(&tile)?;
+            let part = self.multiply_back(&y.narrow(1, start, rows)?.contiguous()?, &tile)?;
             sum = Some(match sum {
                 Some(sum) => (sum + part)?,
                 None => part,
@@ -114,68 +97,79 @@ impl DeviceMatrix {
                 tensor.index_select(&Tensor::new(ids, tensor.device())?, 0)?.to_dtype(DType::F32)
             }
             Elements::Nf4(nf4) => {
-                let whole = nf4.decode(self.shape)?;
+                let whole = nf4.decode(DType::F32)?;
                 whole.index_select(&Tensor::new(ids, whole.device())?, 0)
             }
         }
     }
 
-    /// The matrix in f32, some rows after the other if it is a large one.
+    /// The type of both factors of a product.
+    fn dtype(&self) -> DType {
+        match self.products {
+            Products::F32 => DType::F32,
+            Products::Bf16 => DType::BF16,
+        }
+    }
+
+    fn factor(&self, x: &Tensor) -> Result<Tensor> {
+        x.contiguous()?.to_dtype(self.dtype())
+    }
+
+    /// The matrix in the type of products, some rows after the other if a large one has to be converted.
     fn tiles(&self) -> impl Iterator<Item = Result<Tensor>> + '_ {
         let [height, width] = self.shape;
+        let dtype = self.dtype();
         let tile_rows = match &self.elements {
-            Elements::Dense(_) => (TILE / width).max(1),
-            Elements::Nf4(_) => height,
+            Elements::Dense(tensor) if tensor.dtype() != dtype => {
+                (TILE_BYTES / dtype.size_in_bytes() / width.max(1)).max(1)
+            }
+            _ => height.max(1),
         };
         (0..height).step_by(tile_rows).map(move |start| match &self.elements {
             Elements::Dense(tensor) => {
-                tensor.narrow(0, start, tile_rows.min(height - start))?.to_dtype(DType::F32)
+                tensor.narrow(0, start, tile_rows.min(height - start))?.to_dtype(dtype)
             }
-            Elements::Nf4(nf4) => nf4.decode(self.shape),
-        })
-    }
-}
-
-impl Nf4 {
-    fn new(tensor: Nf4Tensor, device: &Device, tables: &Nf4Tables) -> Result<Self> {
-        let blocks = tensor.scales.codes.len();
-        let nested_blocks = tensor.scales.absmax.len();
-        let mut codes = tensor.codes;
-        codes.resize(blocks * BLOCK / 2, 0);
-        let mut scale_codes = tensor.scales.codes;
-        scale_codes.resize(nested_blocks * NESTED_BLOCK, 0);
-        Ok(Self {
-            tables: tables.clone(),
-            codes: Tensor::from_vec(codes, blocks * BLOCK / 2, device)?,
-            scale_codes: Tensor::from_vec(scale_codes, nested_blocks * NESTED_BLOCK, device)?,
-            nested: Tensor::from_vec(tensor.scales.absmax, (nested_blocks, 1), device)?,
-            offset: f64::from(tensor.scales.offset),
+            Elements::Nf4(nf4) => nf4.decode(dtype),
         })
     }
 
-    fn decode(&self, shape: [usize; 2]) -> Result<Tensor> {
-        let blocks = self.codes.elem_count() / (BLOCK / 2);
-        let nested_blocks = self.nested.dim(0)?;
-        let absmax = look_up(&self.tables.scales, &self.scale_codes)?
-            .reshape((nested_blocks, NESTED_BLOCK))?
-            .broadcast_mul(&self.nested)?
-            .affine(1.0, self.offset)?
-            .flatten_all()?
-            .narrow(0, 0, blocks)?
-            .reshape((blocks, 1))?;
-        look_up(&self.tables.pairs, &self.codes)?
-            .reshape((blocks, BLOCK))?
-            .broadcast_mul(&absmax)?
-            .flatten_all()?
-            .narrow(0, 0, shape[0] * shape[1])?
-            .reshape((shape[0], shape[1]))
+    /// For one row, without decoding the matrix to memory, where there is a kernel for it.
+    fn matvec(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        match &self.elements {
+            Elements::Nf4(nf4) => nf4.matvec(x),
+            #[cfg(feature = "cuda")]
+            Elements::Dense(weight)
+                if weight.device().is_cuda()
+                    && weight.dtype() == DType::BF16
+                    && x.dim(0)? == 1
+                    && crate::cuda::has_bf16_matvec(self.shape[1]) =>
+            {
+                crate::cuda::bf16_matvec(weight, &x.contiguous()?).map(Some)
+            }
+            Elements::Dense(_) => Ok(None),
+        }
+    }
+
+    fn multiply(&self, x: &Tensor, tile: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if tile.device().is_cuda() && tile.dtype() == DType::BF16 {
+            return crate::cuda::bf16_product(x, tile, crate::cuda::Transposed::Yes);
+        }
+        widened(x)?.matmul(&widened(tile)?.t()?)
+    }
+
+    fn multiply_back(&self, y: &Tensor, tile: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if tile.device().is_cuda() && tile.dtype() == DType::BF16 {
+            return crate::cuda::bf16_product(y, tile, crate::cuda::Transposed::No);
+        }
+        widened(y)?.matmul(&widened(tile)?)
     }
 }
 
-/// Selects rows by u8 codes. candle takes the largest value of an index type for "no row" and fills in
-/// zeros without a word, so that code 255 needs a wider type.
-fn look_up(table: &Tensor, codes: &Tensor) -> Result<Tensor> {
-    table.index_select(&codes.to_dtype(DType::U32)?, 0)
+/// A factor of a product with sums in f32: what was rounded to bf16 stays so.
+fn widened(factor: &Tensor) -> Result<Tensor> {
+    factor.to_dtype(DType::F32)
 }
 
 fn upload(tensor: DenseTensor, device: &Device) -> Result<Tensor> {
@@ -191,8 +185,10 @@ fn upload(tensor: DenseTensor, device: &Device) -> Result<Tensor> {
 mod tests {
     use super::*;
     use crate::matrix::HostMatrix;
-    use evalfw_kernels::Products;
+    use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
     use half::bf16;
+
+    const PLAIN: (Decoding, Products) = (Decoding::Composed, Products::F32);
 
     /// 255 is among the codes of the values and, as one block is larger, of the scales.
     fn weight(shape: [usize; 2]) -> Vec<f32> {
@@ -217,7 +213,7 @@ mod tests {
             let tensor = nf4(shape);
             assert!(tensor.codes.contains(&255) && tensor.scales.codes.contains(&255));
             let expected = tensor.dequantize();
-            let matrix = DeviceMatrix::new(Weight::Nf4(tensor), &Device::Cpu, &tables).unwrap();
+            let matrix = DeviceMatrix::new(Weight::Nf4(tensor), &Device::Cpu, &tables, PLAIN).unwrap();
             let decoded = matrix.decode().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             assert_eq!(decoded, expected);
         }
@@ -229,7 +225,7 @@ mod tests {
         for shape in [[70, 64], [65, 35], [300, 96]] {
             for weight in [Weight::Nf4(nf4(shape)), bf16_matrix(shape)] {
                 let host = HostMatrix::new(weight.clone(), Products::F32);
-                let device = DeviceMatrix::new(weight, &Device::Cpu, &tables).unwrap();
+                let device = DeviceMatrix::new(weight, &Device::Cpu, &tables, PLAIN).unwrap();
                 for rows in [1, 3, 20] {
                     let x: Vec<f32> = (0..rows * shape[1]).map(|i| (i as f32 * 0.37).cos()).collect();
                     let y: Vec<f32> = (0..rows * shape[0]).map(|i| (i as f32 * 0.53).cos()).collect();

@@ -1,14 +1,19 @@
 //! Frozen matrices in the form in which they are stored.
 //!
-//! A matrix stays packed (NF4, or the checkpoint's own type) and is widened to f32 only while it is
-//! being multiplied: on the CPU a tile at a time, on a GPU as a whole. Nothing here takes part in
-//! autograd; [`crate::linear`] wraps it.
+//! A matrix stays packed (NF4, candle's own format, or the checkpoint's own type) and is widened only while it
+//! is being multiplied: on the CPU a tile at a time, on a GPU as a whole. Nothing here takes part in autograd;
+//! [`crate::linear`] wraps it.
 
 mod device;
+mod native;
+mod nf4;
 
-pub use device::{DeviceMatrix, Nf4Tables};
+pub use device::DeviceMatrix;
 pub use evalfw_kernels::HostMatrix;
+pub use native::NativeMatrix;
+pub use nf4::{Decoding, Nf4Tables};
 
+use crate::ops::Form;
 use crate::values::CpuValues;
 use candle_core::{Device, Result, Tensor, bail};
 use evalfw_engine::weights::Weight;
@@ -18,23 +23,30 @@ use evalfw_kernels::Products;
 pub enum FrozenMatrix {
     Host(HostMatrix),
     Device(DeviceMatrix),
+    Native(NativeMatrix),
 }
 
 impl FrozenMatrix {
-    /// Stores a weight where `device` computes; `products` is for the CPU.
-    pub fn new(weight: Weight, device: &Device, products: Products, tables: &Nf4Tables) -> Result<Self> {
-        match device {
-            Device::Cpu => Ok(Self::Host(HostMatrix::new(weight, products))),
-            Device::Cuda(_) | Device::Metal(_) => {
-                Ok(Self::Device(DeviceMatrix::new(weight, device, tables)?))
-            }
-        }
+    /// Stores a weight for operations of this form.
+    pub fn new(
+        weight: Weight,
+        device: &Device,
+        tables: &Nf4Tables,
+        (form, products): (Form, Products),
+    ) -> Result<Self> {
+        let decoding = match form {
+            Form::Host => return Ok(Self::Host(HostMatrix::new(weight, products))),
+            Form::Device => Decoding::Kernel,
+            Form::Stock => Decoding::Composed,
+        };
+        Ok(Self::Device(DeviceMatrix::new(weight, device, tables, (decoding, products))?))
     }
 
     pub fn shape(&self) -> [usize; 2] {
         match self {
             Self::Host(matrix) => matrix.shape(),
             Self::Device(matrix) => matrix.shape(),
+            Self::Native(matrix) => matrix.shape(),
         }
     }
 
@@ -51,6 +63,7 @@ impl FrozenMatrix {
                 Tensor::from_vec(out, (rows, out_features), &Device::Cpu)
             }
             Self::Device(matrix) => matrix.product(&x.detach()),
+            Self::Native(matrix) => matrix.product(&x.detach()),
         }
     }
 
@@ -65,7 +78,7 @@ impl FrozenMatrix {
                     None => bail!("a logit is not a number"),
                 }
             }
-            Self::Device(matrix) => matrix.product(&x.detach())?.flatten_all()?.argmax(0)?.to_scalar(),
+            Self::Device(_) | Self::Native(_) => self.product(x)?.flatten_all()?.argmax(0)?.to_scalar(),
         }
     }
 
@@ -82,6 +95,16 @@ impl FrozenMatrix {
                 Tensor::from_vec(out, (rows, in_features), &Device::Cpu)
             }
             Self::Device(matrix) => matrix.transposed_product(&y.detach()),
+            Self::Native(matrix) => matrix.transposed_product(&y.detach()),
+        }
+    }
+
+    /// All elements in f32 on the device, for candle's own matmul.
+    pub fn decode(&self) -> Result<Tensor> {
+        match self {
+            Self::Host(_) => bail!("a matrix of the host is multiplied as it is"),
+            Self::Device(matrix) => matrix.decode(),
+            Self::Native(matrix) => matrix.decode(),
         }
     }
 
@@ -94,6 +117,7 @@ impl FrozenMatrix {
         match self {
             Self::Host(matrix) => Tensor::from_vec(matrix.rows(ids), (ids.len(), cols), &Device::Cpu),
             Self::Device(matrix) => matrix.rows(ids),
+            Self::Native(_) => bail!("rows are looked up in dense and NF4 matrices only"),
         }
     }
 }

@@ -1,22 +1,44 @@
 //! The operations of a Qwen2 block, all with a true backward.
 //!
 //! candle's own fused operations (`rms_norm`, `softmax_last_dim`, `rope`, `sdpa`) have none, and
-//! `backward` passes over them without an error. Here each operation has two forms: on the CPU a fused
-//! one with a backward of its own that recomputes what it needs, on a GPU a composition of candle
-//! operations that are known to be differentiable, until a fused kernel takes its place. Tests hold
-//! the two against each other.
+//! `backward` passes over them without an error. Here each operation has several forms; see [`Form`]. Tests
+//! hold them against each other.
 
 mod attention;
+pub mod by_hand;
 mod rms_norm;
 mod rope;
 mod sum;
 mod swiglu;
 
-pub use attention::attention;
+pub use attention::{Causal, attention};
 pub use rms_norm::rms_norm;
 pub use rope::{RopeTables, rope};
 pub use sum::{add, with_gradient};
 pub use swiglu::swiglu;
+
+use candle_core::Device;
+
+/// How operations are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Loops of our own on the CPU, with a backward that recomputes what it needs.
+    Host,
+    /// On a GPU: candle's fused operations, with a backward of our own.
+    Device,
+    /// Nothing but what candle ships, with its autograd: compositions of differentiable operations.
+    Stock,
+}
+
+impl Form {
+    /// The tuned form for a device.
+    pub fn tuned(device: &Device) -> Self {
+        match device {
+            Device::Cpu => Self::Host,
+            Device::Cuda(_) | Device::Metal(_) => Self::Device,
+        }
+    }
+}
 
 #[cfg(test)]
 pub mod testing {

@@ -1,21 +1,39 @@
 //! Root mean square layer normalisation (Zhang and Sennrich 2019) with a frozen weight.
 
+use super::{Form, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor};
 use evalfw_kernels::dot;
 use rayon::prelude::*;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, in f32.
-pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    match x.device() {
-        Device::Cpu => x.contiguous()?.apply_op1(RmsNorm { weight: weight.clone(), eps: eps as f32 }),
-        Device::Cuda(_) | Device::Metal(_) => composed(x, weight, eps),
+pub fn rms_norm(form: Form, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    match form {
+        Form::Host => x.contiguous()?.apply_op1(RmsNorm { weight: weight.clone(), eps: eps as f32 }),
+        Form::Device => fused(x, weight, eps),
+        Form::Stock => composed(x, weight, eps),
     }
 }
 
 fn composed(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let norm = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
     x.broadcast_div(&norm)?.broadcast_mul(weight)
+}
+
+fn fused(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let result = candle_nn::ops::rms_norm(&x, weight, eps as f32)?;
+    let weight = weight.clone();
+    by_hand::op1("rms-norm", &x, result, move |x, grad| {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return crate::cuda::rms_norm_backward(&x.contiguous()?, &weight, grad, eps);
+        }
+        let inverse = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
+        let of_normed = grad.broadcast_mul(&weight)?;
+        let along = ((&of_normed * x)?.mean_keepdim(D::Minus1)? * inverse.sqr()?)?;
+        (of_normed - x.broadcast_mul(&along)?)?.broadcast_mul(&inverse)
+    })
 }
 
 struct RmsNorm {
@@ -79,9 +97,12 @@ mod tests {
     use crate::ops::testing::{assert_alike, var};
 
     #[test]
-    fn the_fused_form_is_the_composed_one() {
+    fn all_forms_are_alike() {
         let x = var(&[5, 37], 1);
         let weight = var(&[37], 2).as_detached_tensor();
-        assert_alike(&[&x], || rms_norm(&x, &weight, 1e-3), || composed(&x, &weight, 1e-3));
+        let of = |form| rms_norm(form, &x, &weight, 1e-3);
+        for form in [Form::Host, Form::Device] {
+            assert_alike(&[&x], || of(form), || of(Form::Stock));
+        }
     }
 }

@@ -1,7 +1,9 @@
 //! Rotary positions in the half-split form: element i is rotated with element i + dim / 2.
 
+use super::{Form, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
+use candle_nn::rotary_emb::rope_thd;
 use rayon::prelude::*;
 
 /// Cosines and sines of some positions, each f32 `[positions, dim / 2]`.
@@ -21,11 +23,20 @@ impl RopeTables {
 }
 
 /// Rotates `x` `[examples, positions, heads, dim]`.
-pub fn rope(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
-    match x.device() {
-        Device::Cpu => x.contiguous()?.apply_op1(Rope { tables: tables.clone() }),
-        Device::Cuda(_) | Device::Metal(_) => composed(x, tables),
+pub fn rope(form: Form, x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
+    match form {
+        Form::Host => x.contiguous()?.apply_op1(Rope { tables: tables.clone() }),
+        Form::Device => fused(x, tables),
+        Form::Stock => composed(x, tables),
     }
+}
+
+fn fused(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let result = rope_thd(&x, &tables.cos, &tables.sin)?;
+    let tables = tables.clone();
+    // Back by the same angle.
+    by_hand::op1("rope", &x, result, move |_, grad| rope_thd(grad, &tables.cos, &tables.sin.neg()?))
 }
 
 fn composed(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
@@ -94,9 +105,11 @@ mod tests {
     use crate::ops::testing::{assert_alike, var};
 
     #[test]
-    fn the_fused_form_is_the_composed_one() {
+    fn all_forms_are_alike() {
         let x = var(&[2, 5, 3, 8], 1);
         let tables = RopeTables::new(100.0, 8, 7, 5, &Device::Cpu).unwrap();
-        assert_alike(&[&x], || rope(&x, &tables), || composed(&x, &tables));
+        for form in [Form::Host, Form::Device] {
+            assert_alike(&[&x], || rope(form, &x, &tables), || rope(Form::Stock, &x, &tables));
+        }
     }
 }

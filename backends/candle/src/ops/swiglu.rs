@@ -1,5 +1,6 @@
 //! The gated activation of the MLP (Shazeer 2020).
 
+use super::{Form, by_hand};
 use crate::kernels::PIECE;
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
@@ -7,15 +8,27 @@ use evalfw_kernels::elementwise::{self, Gradients};
 use rayon::prelude::*;
 
 /// `silu(gate) · up`
-pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    match gate.device() {
-        Device::Cpu => gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu),
-        Device::Cuda(_) | Device::Metal(_) => composed(gate, up),
+pub fn swiglu(form: Form, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    match form {
+        Form::Host => gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu),
+        Form::Device => fused(gate, up),
+        Form::Stock => gate.silu()? * up,
     }
 }
 
-fn composed(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.silu()? * up
+fn fused(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let result = (gate.detach().silu()? * up.detach())?;
+    by_hand::op2("swiglu", [gate, up], result, |[gate, up], grad| {
+        #[cfg(feature = "cuda")]
+        if gate.device().is_cuda() {
+            return crate::cuda::swiglu_backward(&gate.contiguous()?, &up.contiguous()?, grad);
+        }
+        let sigmoid = candle_nn::ops::sigmoid(gate)?;
+        let silu = (gate * &sigmoid)?;
+        // The derivative of silu is sigmoid · (1 + gate − silu).
+        let derivative = (&sigmoid + (&sigmoid * (gate - &silu)?)?)?;
+        Ok([((grad * up)? * derivative)?, (grad * silu)?])
+    })
 }
 
 struct SwiGlu;
@@ -69,8 +82,10 @@ mod tests {
     use crate::ops::testing::{assert_alike, var};
 
     #[test]
-    fn the_fused_form_is_the_composed_one() {
+    fn all_forms_are_alike() {
         let (gate, up) = (var(&[7, 19], 1), var(&[7, 19], 2));
-        assert_alike(&[&gate, &up], || swiglu(&gate, &up), || composed(&gate, &up));
+        for form in [Form::Host, Form::Device] {
+            assert_alike(&[&gate, &up], || swiglu(form, &gate, &up), || swiglu(Form::Stock, &gate, &up));
+        }
     }
 }

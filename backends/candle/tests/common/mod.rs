@@ -2,7 +2,7 @@
 #![allow(dead_code)]
 
 use candle_core::{DType, Device, Tensor};
-use evalfw_candle::CandleDevice;
+use evalfw_candle::{CandleDevice, Variant};
 use evalfw_engine::LoadedModel;
 use evalfw_engine::batch::{Batch, IGNORE_INDEX};
 use evalfw_engine::checkpoint::Checkpoint;
@@ -98,7 +98,7 @@ pub fn load(dir: &Path, quantization: Quantization) -> LoadedModel {
     let checkpoint = Checkpoint::open(dir).unwrap();
     let mut times = LoadTimes::default();
     let loader = WeightLoader::new(&checkpoint, quantization, &mut times);
-    evalfw_candle::open(CandleDevice::Cpu).unwrap().load(loader).unwrap()
+    evalfw_candle::open(CandleDevice::Cpu, Variant::Tuned).unwrap().load(loader).unwrap()
 }
 
 /// Writes weights in f32 and loads them unquantized.

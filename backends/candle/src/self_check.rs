@@ -1,0 +1,104 @@
+//! Holds the tuned operations of a GPU against candle's plain ones, on that GPU, before anything relies on them: a
+//! fused kernel may be wrong on one kind of device only.
+
+use crate::ops::{Causal, Form, RopeTables, attention, rms_norm, rope, swiglu};
+use candle_core::{Device, Result, Tensor, Var};
+
+/// Of the largest value. Both forms compute in f32, and add up in other orders.
+const TOLERANCE: f32 = 1e-4;
+
+const EXAMPLES: usize = 2;
+const POSITIONS: usize = 33;
+const HEADS: usize = 6;
+const KV_HEADS: usize = 2;
+const DIM: usize = 64;
+
+/// An operation in some form, on its variables.
+type Operation<'a> = Box<dyn Fn(Form) -> Result<Tensor> + 'a>;
+
+/// The first operation whose result or gradients differ between the forms.
+pub fn differing_operation(device: &Device) -> Result<Option<&'static str>> {
+    let var = |shape: &[usize], seed| variable(shape, seed, device);
+    let x = var(&[POSITIONS, 192], 1)?;
+    let weight = var(&[192], 2)?.as_detached_tensor();
+    let (gate, up) = (var(&[POSITIONS, 320], 3)?, var(&[POSITIONS, 320], 4)?);
+    let q = var(&[EXAMPLES, POSITIONS, HEADS, DIM], 5)?;
+    let k = var(&[EXAMPLES, POSITIONS, KV_HEADS, DIM], 6)?;
+    let v = var(&[EXAMPLES, POSITIONS, KV_HEADS, DIM], 7)?;
+    let tables = RopeTables::new(1e6, DIM, 5, POSITIONS, device)?;
+    let attend = |form| {
+        let causal = Causal::new(form, [EXAMPLES, HEADS], 0, POSITIONS, device)?;
+        attention(form, &q, &k, &v, &causal)
+    };
+    let operations: [(&'static str, &[&Var], Operation<'_>); 4] = [
+        ("rms-norm", &[&x], Box::new(|form| rms_norm(form, &x, &weight, 1e-6))),
+        ("swiglu", &[&gate, &up], Box::new(|form| swiglu(form, &gate, &up))),
+        ("rope", &[&q], Box::new(|form| rope(form, &q, &tables))),
+        ("attention", &[&q, &k, &v], Box::new(attend)),
+    ];
+    for (name, vars, operation) in operations {
+        if !are_alike(vars, &operation)? {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
+}
+
+fn are_alike(vars: &[&Var], operation: &Operation<'_>) -> Result<bool> {
+    let (tuned, stock) = (operation(Form::Device)?, operation(Form::Stock)?);
+    let seed = variable(stock.dims(), 11, stock.device())?.as_detached_tensor();
+    let gradients = |result: &Tensor| (result * &seed)?.sum_all()?.backward();
+    let (of_tuned, of_stock) = (gradients(&tuned)?, gradients(&stock)?);
+    let mut pairs = vec![(&tuned, &stock)];
+    for var in vars {
+        match (of_tuned.get(var), of_stock.get(var)) {
+            (Some(tuned), Some(stock)) => pairs.push((tuned, stock)),
+            _ => return Ok(false),
+        }
+    }
+    for (tuned, stock) in pairs {
+        let largest = |t: &Tensor| t.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+        let distance = largest(&(tuned - stock)?)? / largest(stock)?;
+        // What is not a number is not alike.
+        if !(distance <= TOLERANCE) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Reproducible values around 0.
+fn variable(shape: &[usize], seed: usize, device: &Device) -> Result<Var> {
+    let values: Vec<f32> =
+        (0..shape.iter().product()).map(|i| ((i * (seed + 3) + seed) as f32 * 0.7311).sin()).collect();
+    Var::from_vec(values, shape, device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_operations_are_alike_on_the_cpu() {
+        assert_eq!(differing_operation(&Device::Cpu).unwrap(), None);
+    }
+
+    #[test]
+    fn a_wrong_result_and_a_wrong_gradient_are_seen() {
+        let x = variable(&[3, 4], 1, &Device::Cpu).unwrap();
+        let scaled =
+            |form, factor| if form == Form::Device { x.as_tensor() * factor } else { x.as_tensor() * 1.0 };
+        assert!(are_alike(&[&x], &(Box::new(|form| scaled(form, 1.0)) as Operation<'_>)).unwrap());
+        assert!(!are_alike(&[&x], &(Box::new(|form| scaled(form, 1.01)) as Operation<'_>)).unwrap());
+        let cut: Operation<'_> = Box::new(|form| match form {
+            Form::Device => Ok(x.as_tensor() + x.detach())? - x.detach(),
+            _ => x.as_tensor() * 1.0,
+        });
+        assert!(are_alike(&[&x], &cut).unwrap());
+        let none: Operation<'_> = Box::new(|form| match form {
+            Form::Device => Ok(x.detach()),
+            _ => x.as_tensor() * 1.0,
+        });
+        assert!(!are_alike(&[&x], &none).unwrap());
+    }
+}
