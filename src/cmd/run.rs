@@ -8,7 +8,7 @@ use crate::interrupt;
 use crate::measure::host::Environment;
 use crate::model::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
 use crate::output::{note, print};
-use crate::plan::{Cell, engines_of, interleaved};
+use crate::plan::{Cell, engines_of, interleaved, quantization_name};
 use crate::probe::{Availability, Reason, probe};
 use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};
 use crate::render;
@@ -23,6 +23,7 @@ use crate::verify::{Scope, Verdict, verify};
 use crate::worker::WorkerCommand;
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use evalfw_engine::protocol::Quantization;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -49,7 +50,7 @@ pub struct RunArgs {
     /// Only the suite's cells of these scenarios
     #[arg(long, value_delimiter = ',', value_name = "S,…")]
     scenario: Vec<String>,
-    /// quick, default, full, large, or a file of your own under scenarios/suites
+    /// quick, default, full, large, gpu, or a file of your own under scenarios/suites
     #[arg(long, default_value = "default")]
     suite: String,
     /// A Hugging Face folder, a hub id, or a size to make with random weights (tiny, 0.5b, … 32b)
@@ -240,6 +241,7 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
     let suite = &settings.suite;
     let mut available = Vec::new();
     let mut missing = Vec::new();
+    let mut forms = BTreeMap::new();
     let wanted = engines_of(suite, &settings.engines);
     if wanted.is_empty() {
         bail!("none of the engines that were named has a stock form, which all cells of this suite ask for");
@@ -250,7 +252,10 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
             return Ok(None);
         }
         match availability {
-            Availability::Available(info) => available.push((engine, info.device.software)),
+            Availability::Available(info) => {
+                forms.insert(engine.clone(), info.quantizations);
+                available.push((engine, info.device.software));
+            }
             Availability::Unavailable(reason) => {
                 progress.say(&format!("{engine} cannot run here: {}{}", reason.reason, advice(&reason)));
                 missing.push((engine.clone(), reason));
@@ -291,11 +296,28 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
         // It takes a software adapter minutes, and the time would say nothing.
         cells.retain(|c| c.scenario.own_model().is_none() || !software_adapters.contains(&c.engine));
     }
+    cells.retain(|cell| {
+        let quantization = cell.scenario.quantization();
+        let has = forms.get(&cell.engine).is_none_or(|forms| forms.contains(&quantization));
+        if !has && cell.repetition == 0 {
+            unavailable.push((cell.clone(), no_such_form(quantization)));
+        }
+        has
+    });
     let context = RunContext { models: models.records, environment: Environment::detect(), verdicts };
     if interrupt::requested() {
         return Ok(None);
     }
     Ok(Some(Prepared { context, cells, unavailable, inputs: models.inputs }))
+}
+
+fn no_such_form(quantization: Quantization) -> Reason {
+    Reason {
+        outcome: Outcome::Unavailable,
+        reason: format!("the engine has no quantization `{}`", quantization_name(quantization)),
+        advice: None,
+        stderr_tail: Vec::new(),
+    }
 }
 
 /// Holds each engine against the reference, in short, before anything of it is timed.

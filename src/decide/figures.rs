@@ -145,9 +145,16 @@ pub enum Footprint {
 impl Footprint {
     /// Of one cell: the process tree, or the memory of a GPU that has its own.
     pub fn of_cell(cell: &CellRecord) -> Self {
-        let discrete = cell.device.as_ref().is_some_and(|d| d.kind == DeviceKind::DiscreteGpu && !d.software);
-        if !discrete {
-            return cell.peak_memory_bytes.map_or(Self::Unknown, |bytes| Self::Peak { bytes });
+        if !Self::is_of_device(cell) {
+            let unified =
+                cell.device.as_ref().is_some_and(|d| d.kind == DeviceKind::UnifiedGpu && !d.software);
+            let on_gpu = cell.samples.device_memory.and_then(|m| m.reserved_bytes).filter(|_| unified);
+            return match (cell.peak_memory_bytes, on_gpu) {
+                // A GPU's private buffers may be missing from the resident size.
+                (Some(resident), Some(on_gpu)) => Self::AtLeast { bytes: resident.max(on_gpu) },
+                (Some(bytes), None) => Self::Peak { bytes },
+                (None, _) => Self::Unknown,
+            };
         }
         let Some(memory) = cell.samples.device_memory else { return Self::Unknown };
         match (memory.peak_bytes, memory.reserved_bytes.or(memory.in_use_bytes)) {
@@ -155,6 +162,11 @@ impl Footprint {
             (None, Some(bytes)) => Self::AtLeast { bytes },
             (None, None) => Self::Unknown,
         }
+    }
+
+    /// Whether it is the memory of a GPU that has its own, and the host's stands beside it.
+    pub fn is_of_device(cell: &CellRecord) -> bool {
+        cell.device.as_ref().is_some_and(|d| d.kind == DeviceKind::DiscreteGpu && !d.software)
     }
 
     /// The largest of the repetitions that ended ok, with its cell.

@@ -269,18 +269,20 @@ mod os {
 
     pub struct Sampler {
         root: Pid,
-        system: System,
+        /// `None` where the system refuses to tell of processes.
+        system: Option<System>,
     }
 
     impl Sampler {
         pub fn new(root: u32) -> Self {
-            Self { root: Pid::from_u32(root), system: System::new() }
+            Self { root: Pid::from_u32(root), system: System::new().ok() }
         }
 
         pub fn resident_bytes(&mut self) -> Option<u64> {
             let kind = ProcessRefreshKind::nothing().with_memory();
-            self.system.refresh_processes_specifics(ProcessesToUpdate::Some(&[self.root]), true, kind);
-            self.system.process(self.root).map(|p| p.memory())
+            let system = self.system.as_mut()?;
+            system.refresh_processes_specifics(ProcessesToUpdate::Some(&[self.root]), true, kind);
+            system.process(self.root).map(|p| p.memory())
         }
     }
 

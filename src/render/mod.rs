@@ -7,6 +7,7 @@ mod format;
 mod prose;
 mod quality;
 pub mod report;
+mod stock;
 mod tables;
 pub mod terminal;
 mod trace;

@@ -1,5 +1,6 @@
 //! The measured figures of one model, as rows.
 
+use super::stock::{StockRow, stock_rows};
 use super::trace::{CellRef, Lines};
 use crate::decide::figures::{Footprint, InferFigures, LoadFigures, TrainFigures};
 use crate::decide::jobs::{Job, reference_scenario};
@@ -22,6 +23,7 @@ pub struct ModelTables {
     pub losses: Vec<LossRow>,
     pub agreement: Vec<LossAgreement>,
     pub infer: Vec<InferRow>,
+    pub stock: Vec<StockRow>,
 }
 
 impl ModelTables {
@@ -39,6 +41,7 @@ impl ModelTables {
             losses: jobs.iter().filter_map(|j| LossRow::of(j, lines)).collect(),
             agreement: agreement(jobs),
             infer: jobs.iter().filter_map(|j| InferRow::of(j, lines)).collect(),
+            stock: stock_rows(jobs, lines),
         }
     }
 }
@@ -126,7 +129,7 @@ fn verdict(jobs: &[&Job], reference: Option<&str>, target_bytes: u64, lines: &Li
         at_least: bytes.is_some() && (is_bound || device_only),
         scenario: cell.map(|c| c.scenario.clone()),
         headroom_bytes: bytes.filter(|_| verdict == Fit::Fits).map(|b| target_bytes as i64 - b as i64),
-        host_bytes: cell.filter(|_| device_only).and_then(|c| c.peak_memory_bytes),
+        host_bytes: cell.filter(|c| Footprint::is_of_device(c)).and_then(|c| c.peak_memory_bytes),
         out_of_memory: others().filter(ran_out).map(|j| j.scenario.to_owned()).collect(),
         over_in: others().filter(is_over).map(|j| j.scenario.to_owned()).collect(),
         outcomes: crate::decide::jobs::outcomes(&cells),

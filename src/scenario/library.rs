@@ -31,6 +31,7 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("quality.toml", include_str!("../../scenarios/quality.toml")),
     ("suites/quick.toml", include_str!("../../scenarios/suites/quick.toml")),
     ("suites/default.toml", include_str!("../../scenarios/suites/default.toml")),
+    ("suites/gpu.toml", include_str!("../../scenarios/suites/gpu.toml")),
     ("suites/full.toml", include_str!("../../scenarios/suites/full.toml")),
     ("suites/large.toml", include_str!("../../scenarios/suites/large.toml")),
 ];
@@ -295,7 +296,7 @@ mod tests {
     #[test]
     fn an_unknown_suite_or_scenario_lists_what_there_is() {
         let library = Library::built_in();
-        assert!(error(&library, "quik").contains("default, full, large, quick"));
+        assert!(error(&library, "quik").contains("default, full, gpu, large, quick"));
         let message = format!("{:#}", library.suite("quick", Some(&["trian".into()])).unwrap_err());
         assert!(message.contains("trian") && message.contains("infer, load, quality, train"), "{message}");
     }

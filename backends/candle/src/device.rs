@@ -148,7 +148,12 @@ mod gpu {
 
     #[cfg(feature = "metal")]
     pub fn metal_name(device: &MetalDevice) -> Option<String> {
-        Some(device.metal_device().architecture_name())
+        // The chip's name says more to people than that of its architecture.
+        Some(format!(
+            "{} GPU ({})",
+            evalfw_engine::host::cpu_name(),
+            device.metal_device().architecture_name()
+        ))
     }
 
     #[cfg(feature = "metal")]

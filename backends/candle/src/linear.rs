@@ -53,7 +53,7 @@ impl Linear {
     }
 
     fn project(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let Some(lora) = &self.lora else { return self.frozen.forward(pass.form, x) };
+        let Some(lora) = &self.lora else { return self.frozen.forward(pass, x) };
         // Detached factors leave no graph behind.
         let (a, b) = match pass.trace {
             true => (lora.a.as_tensor().clone(), lora.b.as_tensor().clone()),
@@ -79,7 +79,7 @@ impl Linear {
                 FrozenMatrix::Device(_) | FrozenMatrix::Native(_) => op.on_device(x, &a, &b),
             },
             Form::Device => op.on_device(x, &a, &b),
-            Form::Stock => op.composed(x, &a, &b),
+            Form::Stock => op.composed(x, &a, &b, pass.training),
         }
     }
 }
@@ -94,17 +94,19 @@ struct Frozen {
 
 impl Frozen {
     /// `x Wᵀ + b`, with a gradient of `x` only; the stock form has candle's own.
-    fn forward(self: &Arc<Self>, form: Form, x: &Tensor) -> Result<Tensor> {
-        match (form, &self.matrix) {
+    fn forward(self: &Arc<Self>, pass: &Pass<'_>, x: &Tensor) -> Result<Tensor> {
+        match (pass.form, &self.matrix) {
             (Form::Host, FrozenMatrix::Host(_)) => x.apply_op1(FrozenOp(self.clone())),
-            (Form::Host | Form::Device, _) => {
-                let frozen = self.clone();
-                by_hand::op1("frozen-linear", x, self.untraced(&x.detach())?, move |_, grad| {
-                    frozen.matrix.transposed_product(grad)
-                })
-            }
-            (Form::Stock, _) => self.composed(x),
+            (Form::Host | Form::Device, _) => self.on_device(x),
+            (Form::Stock, _) => self.composed(x, pass.training),
         }
+    }
+
+    fn on_device(self: &Arc<Self>, x: &Tensor) -> Result<Tensor> {
+        let frozen = self.clone();
+        by_hand::op1("frozen-linear", x, self.untraced(&x.detach())?, move |_, grad| {
+            frozen.matrix.transposed_product(grad)
+        })
     }
 
     /// On whatever device the matrix is.
@@ -117,10 +119,10 @@ impl Frozen {
     }
 
     /// As with a plain matrix: where candle traces, it also computes the gradient of the weight. Its own quantized
-    /// product has no gradient, and serves where none is needed.
-    fn composed(&self, x: &Tensor) -> Result<Tensor> {
+    /// product has no gradient, and serves where none is wanted.
+    fn composed(&self, x: &Tensor, training: bool) -> Result<Tensor> {
         let product = match &self.matrix {
-            FrozenMatrix::Native(matrix) if !x.track_op() => matrix.product(x)?,
+            FrozenMatrix::Native(matrix) if !training => matrix.product(x)?,
             matrix => x.matmul(&matrix.decode()?.t()?)?,
         };
         match &self.bias {
@@ -210,10 +212,10 @@ fn apply(mask: Option<&Mask>, x: &Tensor) -> Result<Tensor> {
 
 impl LoraOp {
     /// With candle's own autograd.
-    fn composed(&self, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    fn composed(&self, x: &Tensor, a: &Tensor, b: &Tensor, training: bool) -> Result<Tensor> {
         let masked = apply(self.mask.as_ref(), x)?;
         let delta = (masked.matmul(&a.t()?)? * self.scale)?.matmul(&b.t()?)?;
-        self.frozen.composed(x)? + delta
+        self.frozen.composed(x, training)? + delta
     }
 
     /// By candle's operations on any device, with a backward that keeps nothing but the arguments.
@@ -363,17 +365,14 @@ mod tests {
             };
             let of_host = || FrozenMatrix::Host(HostMatrix::new(weight.clone(), Products::F32));
             let of_device = || FrozenMatrix::Device(device.clone());
-            let composed = || op(of_device()).composed(&x, &a, &b);
+            let composed = || op(of_device()).composed(&x, &a, &b, true);
             assert_alike(&[&x, &a, &b], || x.apply_op3(&a, &b, op(of_host())), composed);
             assert_alike(&[&x, &a, &b], || op(of_device()).on_device(&x, &a, &b), composed);
         }
         let frozen = |matrix| Arc::new(Frozen { matrix, bias: bias.clone() });
-        let (host, device) = (
-            frozen(FrozenMatrix::Host(HostMatrix::new(weight, Products::F32))),
-            frozen(FrozenMatrix::Device(device)),
-        );
-        for (form, matrix) in [(Form::Host, &host), (Form::Device, &device)] {
-            assert_alike(&[&x], || matrix.forward(form, &x), || device.forward(Form::Stock, &x));
-        }
+        let host = frozen(FrozenMatrix::Host(HostMatrix::new(weight, Products::F32)));
+        let device = frozen(FrozenMatrix::Device(device));
+        assert_alike(&[&x], || x.apply_op1(FrozenOp(host.clone())), || device.composed(&x, true));
+        assert_alike(&[&x], || device.on_device(&x), || device.composed(&x, true));
     }
 }

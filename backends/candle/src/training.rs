@@ -46,6 +46,7 @@ impl Trainer {
         let mut loss = 0.0;
         for (micro_batch, batch) in input.micro_batches.iter().enumerate() {
             let mut pass = network.pass(batch.examples(), batch.sequence_length(), 0)?;
+            pass.training = true;
             pass.dropout = (self.lora.lora_dropout > 0.0).then_some(Dropout {
                 rate: self.lora.lora_dropout,
                 seed: input.dropout_seed,
@@ -105,6 +106,7 @@ impl MicroBatch<'_> {
             let out = block.forward(&x, &pass, None)?;
             inputs.push((x, kept));
             x = out;
+            self.free_uploads()?;
         }
 
         let last = Var::from_tensor(&x)?;
@@ -121,12 +123,15 @@ impl MicroBatch<'_> {
                 let Some(lora) = &projection.lora else { continue };
                 gradients.add((projection.layer, projection.target), lora, &mut store)?;
             }
-            if network.device.is_metal() {
-                // candle's pool on Metal reuses a buffer only after the device has caught up.
-                network.device.synchronize()?;
-            }
+            self.free_uploads()?;
         }
         Ok(loss)
+    }
+
+    /// On Metal, candle frees what was uploaded, such as dropout masks, only when the device has caught up.
+    fn free_uploads(&self) -> Result<()> {
+        let device = &self.network.device;
+        if device.is_metal() { device.synchronize() } else { Ok(()) }
     }
 
     /// Keeps the graph of the whole model. Returns the summed loss.

@@ -1,7 +1,10 @@
 //! NF4 to f32.
 
+#[cfg(target_arch = "x86_64")]
 use crate::level::{Level, level};
-use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
+#[cfg(target_arch = "x86_64")]
+use evalfw_engine::nf4::BLOCK;
+use evalfw_engine::nf4::Nf4Tensor;
 
 /// Decodes the elements from `start`, a multiple of [`BLOCK`], bit for bit as the tensor itself does.
 pub fn widen(tensor: &Nf4Tensor, start: usize, out: &mut [f32]) {

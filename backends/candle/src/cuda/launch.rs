@@ -2,13 +2,14 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaView, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaFunction, CudaSlice, CudaStream, CudaView, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
 };
-use candle_core::cuda_backend::{CudaDType, CudaFunc, WrapErr};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, CudaStorage, Result, Shape, Storage, StorageRef, Tensor, WithDType, bail};
+use candle_core::{CudaDevice, CudaStorage, Result, Storage, StorageRef, Tensor, WithDType, bail};
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::Arc;
 
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 
@@ -55,21 +56,21 @@ pub fn empty<T: DeviceRepr>(device: &CudaDevice, len: usize) -> Result<CudaSlice
 pub fn tensor<T: CudaDType + WithDType>(
     device: &CudaDevice,
     values: CudaSlice<T>,
-    shape: impl Into<Shape>,
+    shape: &[usize],
 ) -> Result<Tensor> {
     let storage = CudaStorage::wrap_cuda_slice(values, device.clone());
     Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
 }
 
 pub struct Kernel {
-    function: CudaFunc,
-    device: CudaDevice,
+    function: CudaFunction,
+    stream: Arc<CudaStream>,
 }
 
 impl Kernel {
     pub fn new(device: &CudaDevice, name: &str) -> Result<Self> {
         let function = device.get_or_load_custom_func(name, "evalfw", PTX)?;
-        Ok(Self { function, device: device.clone() })
+        Ok(Self { function: function.into_cuda_function(), stream: device.cuda_stream() })
     }
 
     pub fn launch<'a>(&'a self) -> Launch<'a> {
@@ -95,14 +96,14 @@ impl<'a> Launch<'a> {
     /// An input.
     pub fn values<T: CudaDType>(mut self, values: &'a Values<'_>) -> Result<Self> {
         let view = values.view::<T>()?;
-        let (pointer, _) = view.device_ptr(&self.kernel.device.cuda_stream());
+        let (pointer, _) = view.device_ptr(&self.kernel.stream);
         self.args.push(Argument::Pointer(pointer, PhantomData));
         Ok(self)
     }
 
     /// Memory that the kernel writes.
     pub fn slice<T>(mut self, slice: &'a CudaSlice<T>) -> Self {
-        let (pointer, _) = slice.device_ptr(&self.kernel.device.cuda_stream());
+        let (pointer, _) = slice.device_ptr(&self.kernel.stream);
         self.args.push(Argument::Pointer(pointer, PhantomData));
         self
     }
@@ -132,7 +133,7 @@ impl<'a> Launch<'a> {
         if blocks == 0 {
             return Ok(());
         }
-        let mut builder = self.kernel.function.builder();
+        let mut builder = self.kernel.stream.launch_builder(&self.kernel.function);
         for arg in &self.args {
             match arg {
                 Argument::Pointer(pointer, _) => builder.arg(pointer),

@@ -69,12 +69,12 @@ impl<'a> Nf4<'a> {
             DType::F32 => {
                 let out = empty::<f32>(device, len)?;
                 values.launch_decode("nf4_decode_f32", &out, len)?;
-                tensor(device, out, shape)
+                tensor(device, out, &shape)
             }
             DType::BF16 => {
                 let out = empty::<bf16>(device, len)?;
                 values.launch_decode("nf4_decode_bf16", &out, len)?;
-                tensor(device, out, shape)
+                tensor(device, out, &shape)
             }
             other => bail!("NF4 is decoded to f32 or bf16, not to {other:?}"),
         }
@@ -94,7 +94,7 @@ impl<'a> Nf4<'a> {
         let kernel = Kernel::new(device, "nf4_matvec")?;
         let launch = values.push(kernel.launch())?.values::<f32>(&x)?.slice(&out);
         launch.word(height as u32).word(width as u32).run(height.div_ceil(WARPS), WARPS * 32)?;
-        tensor(device, out, [1, height])
+        tensor(device, out, &[1, height])
     }
 }
 
@@ -126,7 +126,7 @@ pub fn bf16_matvec(weight: &Tensor, x: &Tensor) -> Result<Tensor> {
     let kernel = Kernel::new(device, "bf16_matvec")?;
     let launch = kernel.launch().values::<bf16>(&weight)?.values::<f32>(&x)?.slice(&out);
     launch.word(height as u32).word(width as u32).run(height.div_ceil(WARPS), WARPS * 32)?;
-    tensor(device, out, [1, height])
+    tensor(device, out, &[1, height])
 }
 
 /// `mask ⊙ x`

@@ -69,5 +69,5 @@ pub fn bf16_product(x: &Tensor, weight: &Tensor, transposed: Transposed) -> Resu
     }
     .w()?;
     drop((_a, _b, _c));
-    tensor(device, out, [rows, cols])
+    tensor(device, out, &[rows, cols])
 }

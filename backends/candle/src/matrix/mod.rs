@@ -78,7 +78,14 @@ impl FrozenMatrix {
                     None => bail!("a logit is not a number"),
                 }
             }
-            Self::Device(_) | Self::Native(_) => self.product(x)?.flatten_all()?.argmax(0)?.to_scalar(),
+            Self::Device(_) | Self::Native(_) => {
+                let logits = self.product(x)?.flatten_all()?;
+                // GPUs pass over what is not a number in a maximum; a sum shows it.
+                if logits.sum_all()?.to_scalar::<f32>()?.is_nan() {
+                    bail!("a logit is not a number");
+                }
+                logits.argmax(0)?.to_scalar()
+            }
         }
     }
 

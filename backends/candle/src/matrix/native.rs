@@ -34,6 +34,10 @@ impl NativeMatrix {
     /// All elements in f32.
     pub fn decode(&self) -> Result<Tensor> {
         match &self.weight {
+            QMatMul::QTensor(tensor) if tensor.device().is_metal() => {
+                // candle dequantizes for Metal on the CPU, but looks rows up on the GPU.
+                tensor.embedding(&Tensor::arange(0, self.shape[0] as u32, &tensor.device())?)
+            }
             QMatMul::QTensor(tensor) => tensor.dequantize(&tensor.device()),
             QMatMul::Tensor(tensor) | QMatMul::TensorF16(tensor) => Ok(tensor.clone()),
         }

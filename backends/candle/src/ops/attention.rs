@@ -10,6 +10,9 @@ use std::sync::Arc;
 /// Scores that exist at a time on a GPU: 128 MiB, and a few times that in the backward.
 const SCORES: usize = 32 << 20;
 
+/// The score of a key that is not seen. Metal's fast arithmetic may take infinity for any number.
+const HIDDEN: f32 = -1e30;
+
 /// Which queries are attended together, and what each of them sees. The same for all blocks of a pass.
 #[derive(Clone)]
 pub struct Causal {
@@ -21,7 +24,7 @@ struct Piece {
     queries: usize,
     /// The last of the queries sees all of them, each one before it one key less.
     keys: usize,
-    /// `[queries, keys]`: minus infinity where a query does not see a key. `None` where all see all.
+    /// `[queries, keys]`: [`HIDDEN`] where a query does not see a key. `None` where all see all.
     mask: Option<Tensor>,
 }
 
@@ -79,9 +82,7 @@ fn head_shape(q: &Shape, k: &Shape, v: &Shape) -> Result<HeadShape> {
 fn causal_mask(queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
     let cached = keys - queries;
     let mask: Vec<f32> = (0..queries)
-        .flat_map(|query| {
-            (0..keys).map(move |key| if key <= cached + query { 0.0 } else { f32::NEG_INFINITY })
-        })
+        .flat_map(|query| (0..keys).map(move |key| if key <= cached + query { 0.0 } else { HIDDEN }))
         .collect();
     Tensor::from_vec(mask, (queries, keys), device)
 }

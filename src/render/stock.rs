@@ -1,0 +1,75 @@
+//! What kernels of our own add to a framework: each engine beside its stock form, which runs nothing but what the
+//! framework ships.
+
+use super::trace::{CellRef, Lines};
+use crate::decide::figures::{Footprint, InferFigures, Spread, TrainFigures};
+use crate::decide::jobs::Job;
+use serde::Serialize;
+
+/// How the name of a stock form ends: the record tells no other way.
+const SUFFIX: &str = "-stock";
+
+/// One figure of a job on both.
+#[derive(Debug, Clone, Serialize)]
+pub struct StockRow {
+    pub engine: String,
+    pub stock_engine: String,
+    pub job: String,
+    /// E.g. `slot tokens/s`.
+    pub figure: &'static str,
+    pub stock: Spread,
+    pub tuned: Spread,
+    /// Tuned over stock, of the medians.
+    pub ratio: f64,
+    pub cells: Vec<CellRef>,
+}
+
+/// `jobs` are of one model.
+pub fn stock_rows(jobs: &[&Job], lines: &Lines) -> Vec<StockRow> {
+    let mut rows = Vec::new();
+    for stock in jobs {
+        let Some(device) = stock.engine.strip_suffix(SUFFIX) else { continue };
+        let is_tuned = |engine: &str| {
+            let variant = engine.strip_prefix(device);
+            variant.is_some_and(|rest| rest.is_empty() || rest.starts_with('-')) && !engine.ends_with(SUFFIX)
+        };
+        for tuned in jobs.iter().filter(|j| is_tuned(j.engine) && j.label() == stock.label()) {
+            rows.extend(compare(tuned, stock, lines));
+        }
+    }
+    rows
+}
+
+fn compare(tuned: &Job, stock: &Job, lines: &Lines) -> Vec<StockRow> {
+    let cells: Vec<CellRef> = tuned.ok().chain(stock.ok()).map(|cell| lines.refer(cell)).collect();
+    figures(tuned)
+        .into_iter()
+        .zip(figures(stock))
+        .filter_map(|((figure, tuned_figure), (_, stock_figure))| {
+            let (tuned_figure, stock_figure) = (tuned_figure?, stock_figure?);
+            Some(StockRow {
+                engine: tuned.engine.to_owned(),
+                stock_engine: stock.engine.to_owned(),
+                job: tuned.label(),
+                figure,
+                stock: stock_figure,
+                tuned: tuned_figure,
+                ratio: tuned_figure.median / stock_figure.median,
+                cells: cells.clone(),
+            })
+        })
+        .collect()
+}
+
+/// The same ones, in the same order, of every job.
+fn figures(job: &Job) -> [(&'static str, Option<Spread>); 4] {
+    let train = TrainFigures::of(job);
+    let infer = InferFigures::of(job);
+    let bytes = Footprint::of_job(job).and_then(|(footprint, _)| footprint.bytes());
+    [
+        ("slot tokens/s", train.map(|t| t.slot_tokens)),
+        ("prompt tokens/s", infer.and_then(|i| i.prefill)),
+        ("generated tokens/s", infer.and_then(|i| i.decode)),
+        ("peak GB", bytes.and_then(|bytes| Spread::of([bytes as f64 / 1e9]))),
+    ]
+}
