@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -31,8 +32,14 @@ from work import Shapes
 
 # What differs where --device does. A GPU needs more steps: they are short, and the first ones find kernels.
 DEFAULTS: dict[str, dict] = {
-    "cpu": {"engine": ("candle-cpu",), "warmup": 1, "steps": 3, "timeout": 3600},
-    "cuda": {"engine": ("candle-cuda", "candle-cuda-bf16"), "warmup": 5, "steps": 20, "timeout": 900},
+    "cpu": {"engine": ("candle-cpu",), "warmup": 1, "steps": 3, "timeout": 3600, "kept_activations_gb": 0.3},
+    "cuda": {
+        "engine": ("candle-cuda", "candle-cuda-bf16"),
+        "warmup": 5,
+        "steps": 20,
+        "timeout": 900,
+        "kept_activations_gb": 0.0,
+    },
 }
 
 
@@ -156,6 +163,7 @@ def compare(args: argparse.Namespace, places: Places) -> Comparison:
         rounds=args.rounds,
         threads=args.threads,
         steps=args.steps,
+        kept_activations_gb=args.kept_activations_gb,
         repeats=args.repeats,
         prompt_tokens=args.prompt_tokens,
         generate_tokens=args.generate_tokens,
@@ -225,6 +233,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def gigabytes(text: str) -> float:
+    amount = float(text)
+    if not (math.isfinite(amount) and amount >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of at least 0")
+    return amount
+
+
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="compare", description=__doc__)
     add = parser.add_argument
@@ -249,6 +264,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         type=count,
         help="training steps that count [3, after 1 that does not; on cuda 20, after 5]",
     )
+    add(
+        "--kept-activations-gb",
+        type=gigabytes,
+        metavar="GB",
+        help="memory in which evalfw's checkpointing keeps activations [0.3; on cuda 0]",
+    )
     add("--repeats", type=count, default=5, help="prompts that count, after one that does not [5]")
     add("--prompt-tokens", type=count, default=128, help="[128]")
     add("--generate-tokens", type=count, default=64, help="[64]")
@@ -270,7 +291,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         )
     if args.model is None:
         args.model = Path(args.checkpoint).absolute().name if args.checkpoint else "0.5b"
-    for name in ("engine", "steps", "timeout"):
+    for name in ("engine", "steps", "timeout", "kept_activations_gb"):
         if getattr(args, name) is None:
             setattr(args, name, DEFAULTS[args.device][name])
     return args

@@ -40,7 +40,7 @@ def head(run: dict, results: Results) -> Iterator[str]:
         f"{run['started_at']}, {about['cpu']} ({', '.join(about['flags'])}), {about['logical_cores']} logical "
         f"cores, {about['memory_bytes'] / 1e9:.1f} GB. {settings.threads} threads, batch 1, rank "
         f"{settings.lora_r}, alpha {settings.lora_alpha}, all seven projections, dropout 0, AdamW, gradient "
-        f"checkpointing; rows of {settings.sequence} tokens of which {settings.trained_tokens} have a loss; "
+        f"checkpointing (in which evalfw keeps {settings.kept_activations_gb:g} GB of activations); rows of {settings.sequence} tokens of which {settings.trained_tokens} have a loss; "
         f"steps: {settings.steps} that count, after {settings.warmup} that do not."
         f"{inference if 'infer' in settings.jobs else ''} "
         f"Rounds: {settings.rounds}, in A B B A order. Each measurement has a process of its own."

@@ -23,6 +23,7 @@ def write(folder: Path, settings: Settings) -> None:
             "weight_decay": settings.weight_decay,
             "max_grad_norm": 0.0,
             "gradient_checkpointing": True,
+            "kept_activations_gb": settings.kept_activations_gb,
             "lora_r": settings.lora_r,
             "lora_alpha": float(settings.lora_alpha),
             "lora_dropout": 0.0,

@@ -27,6 +27,8 @@ class Settings:
     lora_alpha: int = 32
     learning_rate: float = 2e-4
     weight_decay: float = 0.01
+    # Activations that evalfw's checkpointing keeps instead of computing them again; peft keeps none.
+    kept_activations_gb: float = 0.0
     seed: int = 42
     timeout_seconds: int = 3600
 

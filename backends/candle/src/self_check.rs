@@ -62,7 +62,7 @@ fn are_alike(vars: &[&Var], operation: &Operation<'_>) -> Result<bool> {
         let largest = |t: &Tensor| t.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
         let distance = largest(&(tuned - stock)?)? / largest(stock)?;
         // What is not a number is not alike.
-        if !(distance <= TOLERANCE) {
+        if distance.is_nan() || distance > TOLERANCE {
             return Ok(false);
         }
     }
