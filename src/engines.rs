@@ -98,6 +98,11 @@ pub fn stock_form(name: &str) -> Option<&'static str> {
     }
 }
 
+/// Whether `stock` is the stock form of `engine`, another one.
+pub fn is_stock_form_of(stock: &str, engine: &str) -> bool {
+    stock != engine && stock_form(engine) == Some(stock)
+}
+
 pub fn find(name: &str) -> Result<&'static EngineSpec> {
     match ENGINES.iter().find(|e| e.name == name) {
         Some(engine) => Ok(engine),

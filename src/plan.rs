@@ -1,7 +1,7 @@
 //! Which cells are run, in which order.
 
 use crate::engines::stock_form;
-use crate::scenario::{CellKernels, Scenario, Suite};
+use crate::scenario::{CellKernels, Scenario, Suite, SuiteCell};
 use evalfw_engine::protocol::Quantization;
 use std::collections::BTreeMap;
 
@@ -45,9 +45,15 @@ pub fn interleaved(
     let rounds = suite.cells.iter().map(|c| c.repetitions).max().unwrap_or(0);
     let mut cells = Vec::new();
     for repetition in 0..rounds {
-        for cell in suite.cells.iter().filter(|c| c.repetitions > repetition) {
-            let taking = taking(cell.kernels, selected);
-            let mut round: Vec<_> = engines.iter().filter(|(engine, _)| taking.contains(engine)).collect();
+        for (index, cell) in suite.cells.iter().enumerate().filter(|(_, c)| c.repetitions > repetition) {
+            let takes = |c: &SuiteCell, engine: &String| taking(c.kernels, selected).contains(engine);
+            // A stock form that was named takes cells of both kinds. Of two with one name, which may differ in
+            // parameters that are not in it, it takes the first.
+            let has_taken = |engine: &String| {
+                suite.cells[..index].iter().any(|c| c.has_name_of(cell) && takes(c, engine))
+            };
+            let mut round: Vec<_> =
+                engines.iter().filter(|(engine, _)| takes(cell, engine) && !has_taken(engine)).collect();
             if repetition % 2 == 1 {
                 round.reverse();
             }
@@ -61,14 +67,7 @@ pub fn interleaved(
             }));
         }
     }
-    // A stock form that was named takes cells of both kinds, which are then the same.
-    let mut distinct: Vec<Cell> = Vec::new();
-    for cell in cells {
-        if !distinct.contains(&cell) {
-            distinct.push(cell);
-        }
-    }
-    distinct
+    cells
 }
 
 /// All engines that the suite's cells go to, in the order in which they were selected.
@@ -103,7 +102,8 @@ fn taking(kernels: CellKernels, selected: &[String]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scenario::{Library, SuiteCell};
+    use crate::scenario::Library;
+    use std::collections::BTreeSet;
 
     #[test]
     fn engines_take_turns_from_both_ends() {
@@ -130,9 +130,27 @@ mod tests {
             cells.iter().map(|c| c.engine.clone()).collect::<Vec<_>>(),
             engines.iter().map(|e| e.0.clone()).collect::<Vec<_>>()
         );
-        // A stock form that was named takes the other cells as well, each of them once.
-        let named = ["candle-cpu-stock".to_owned()];
-        let cells = interleaved(&suite, &named, &[("candle-cpu-stock".into(), 0)], &BTreeMap::new());
-        assert_eq!(cells.len(), 1);
+    }
+
+    #[test]
+    fn a_stock_form_that_was_named_takes_one_cell_of_each_name() {
+        let suite = Library::built_in().suite("default", None).unwrap();
+        let steps = |cell: &Cell| cell.scenario.training().map(|s| (s.warmup_steps, s.steps));
+        for named in [vec!["candle-cpu-stock"], vec!["candle-cpu", "candle-cpu-stock"]] {
+            let selected: Vec<String> = named.into_iter().map(str::to_owned).collect();
+            let engines: Vec<_> = engines_of(&suite, &selected).into_iter().map(|e| (e, 0)).collect();
+            let cells = interleaved(&suite, &selected, &engines, &BTreeMap::new());
+            let ids: BTreeSet<String> = cells.iter().map(|c| c.id("m")).collect();
+            assert_eq!(ids.len(), cells.len(), "two cells of one name: {ids:?}");
+            // It trains as the tuned engines do, in both repetitions.
+            let trained = cells.iter().filter(|c| c.scenario.kind() == "train");
+            assert!(trained.clone().all(|c| steps(c) == Some((1, 3))), "{cells:?}");
+            assert_eq!(trained.filter(|c| c.engine == "candle-cpu-stock").count(), 2);
+            // The format that only the cells of stock kernels ask for is there as well.
+            assert!(
+                ids.iter().any(|id| id.starts_with("candle-cpu-stock/") && id.contains("/native/")),
+                "{ids:?}"
+            );
+        }
     }
 }

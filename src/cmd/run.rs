@@ -3,7 +3,7 @@
 
 use crate::data::dataset::Dataset;
 use crate::decide::criteria::Criteria;
-use crate::engines;
+use crate::engines::{self, stock_form, tuned};
 use crate::interrupt;
 use crate::measure::host::Environment;
 use crate::model::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
@@ -244,7 +244,12 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
     let mut forms = BTreeMap::new();
     let wanted = engines_of(suite, &settings.engines);
     if wanted.is_empty() {
-        bail!("none of the engines that were named has a stock form, which all cells of this suite ask for");
+        let with_one: Vec<_> = tuned().map(|e| e.name).filter(|name| stock_form(name).is_some()).collect();
+        bail!(
+            "none of the engines that were named has a stock form, which all cells of this suite ask for; name one \
+             that has: {}",
+            with_one.join(", ")
+        );
     }
     for engine in &wanted {
         let availability = probe(engine, settings.threads);
@@ -298,11 +303,13 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
     }
     cells.retain(|cell| {
         let quantization = cell.scenario.quantization();
-        let has = forms.get(&cell.engine).is_none_or(|forms| forms.contains(&quantization));
-        if !has && cell.repetition == 0 {
-            unavailable.push((cell.clone(), no_such_form(quantization)));
+        let Some(forms) = forms.get(&cell.engine).filter(|forms| !forms.contains(&quantization)) else {
+            return true;
+        };
+        if cell.repetition == 0 {
+            unavailable.push((cell.clone(), no_such_form(quantization, forms)));
         }
-        has
+        false
     });
     let context = RunContext { models: models.records, environment: Environment::detect(), verdicts };
     if interrupt::requested() {
@@ -311,11 +318,12 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
     Ok(Some(Prepared { context, cells, unavailable, inputs: models.inputs }))
 }
 
-fn no_such_form(quantization: Quantization) -> Reason {
+fn no_such_form(quantization: Quantization, forms: &[Quantization]) -> Reason {
+    let names: Vec<_> = forms.iter().map(|form| format!("`{}`", quantization_name(*form))).collect();
     Reason {
         outcome: Outcome::Unavailable,
         reason: format!("the engine has no quantization `{}`", quantization_name(quantization)),
-        advice: None,
+        advice: Some(format!("the engine has {}", names.join(" and "))),
         stderr_tail: Vec::new(),
     }
 }

@@ -285,6 +285,15 @@ pub struct SuiteCell {
     pub kernels: CellKernels,
 }
 
+impl SuiteCell {
+    /// Whether the cells of one engine would have one name: it tells the parameters that people vary, and how the
+    /// base is stored.
+    pub fn has_name_of(&self, other: &Self) -> bool {
+        let name = |cell: &Self| (cell.scenario.label(), cell.scenario.quantization());
+        name(self) == name(other)
+    }
+}
+
 /// With whose kernels a cell is run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -316,7 +325,10 @@ fn check_distinct(cells: &[SuiteCell]) -> Result<()> {
     match cells.iter().find(|c| !seen.insert((c.scenario.label(), c.scenario.quantization(), c.kernels))) {
         Some(cell) => {
             let label = cell.scenario.label();
-            bail!("two cells are called {label}: they must differ in a parameter that is in the name")
+            bail!(
+                "two cells are called {label}: they must differ in a parameter that is in the name, in \
+                 quantization or in kernels"
+            )
         }
         None => Ok(()),
     }
