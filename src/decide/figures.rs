@@ -135,7 +135,8 @@ pub enum Footprint {
     Peak {
         bytes: u64,
     },
-    /// A GPU's own memory as its framework told at the end: the peak may have been higher.
+    /// The peak may have been higher. Of a GPU with memory of its own, what its framework held at the end; of
+    /// one that shares the host's, the larger of that and the resident peak of the process tree.
     AtLeast {
         bytes: u64,
     },
@@ -143,7 +144,8 @@ pub enum Footprint {
 }
 
 impl Footprint {
-    /// Of one cell: the process tree, or the memory of a GPU that has its own.
+    /// Of one cell: the process tree, with what a GPU that shares the host's memory holds, or the memory of a GPU
+    /// that has its own.
     pub fn of_cell(cell: &CellRecord) -> Self {
         if !Self::is_of_device(cell) {
             let unified =

@@ -1,5 +1,6 @@
 //! The cells of a record, arranged: all repetitions of one engine, model and scenario are a job.
 
+use crate::engines::is_stock_form_of;
 use crate::record::{CellRecord, ModelRecord, Outcome};
 use crate::scenario::Scenario;
 use evalfw_engine::protocol::Quantization;
@@ -37,7 +38,7 @@ impl<'a> Job<'a> {
         match self.quantization {
             Quantization::Nf4 => self.scenario.to_owned(),
             Quantization::None => format!("{} (unquantized)", self.scenario),
-            Quantization::Native => format!("{} (native 4-bit)", self.scenario),
+            Quantization::Native => format!("{} (native)", self.scenario),
         }
     }
 }
@@ -117,6 +118,12 @@ fn size(scenario: &Scenario) -> (u8, usize) {
 /// Whether the engine's device is one that renders on the CPU, as far as any of its cells tells.
 pub fn is_software_adapter(cells: &[CellRecord], engine: &str) -> bool {
     cells.iter().filter(|c| c.engine == engine).any(|c| c.device.as_ref().is_some_and(|d| d.software))
+}
+
+/// Whether the engine is the stock form of one that ran as well.
+pub fn is_beside_tuned(cells: &[CellRecord], engine: &str) -> bool {
+    let ran = |c: &&CellRecord| c.outcome != Outcome::Unavailable;
+    cells.iter().filter(ran).any(|c| is_stock_form_of(engine, &c.engine))
 }
 
 /// The job that engines are compared on: the largest of its kind with an NF4 base, and for training

@@ -11,7 +11,7 @@ pub mod value;
 
 use crate::record::CellRecord;
 use criteria::Criteria;
-use jobs::{Job, arrange, compared, is_software_adapter, models};
+use jobs::{Job, arrange, compared, is_beside_tuned, is_software_adapter, models};
 use ranking::Ranking;
 use serde::Serialize;
 
@@ -24,6 +24,9 @@ pub struct Decision {
     pub rankings: Vec<Ranking>,
     /// Engines whose device renders on the CPU. They are in no ranking.
     pub software_adapters: Vec<String>,
+    /// Stock forms of engines that ran as well. A framework is ranked by the best that it was made to do, and the
+    /// stock form, which may have run less, is in no ranking.
+    pub stock_forms: Vec<String>,
 }
 
 impl Decision {
@@ -39,16 +42,24 @@ impl Decision {
 
 pub fn decide(cells: &[CellRecord], criteria: &Criteria) -> Decision {
     let all = compared(&arrange(cells));
-    let mut software_adapters: Vec<String> =
-        all.iter().map(|j| j.engine).filter(|e| is_software_adapter(cells, e)).map(str::to_owned).collect();
-    software_adapters.sort();
-    software_adapters.dedup();
-    let jobs: Vec<Job> =
-        all.into_iter().filter(|j| !software_adapters.iter().any(|s| s == j.engine)).collect();
+    let mut engines: Vec<&str> = all.iter().map(|j| j.engine).collect();
+    engines.sort_unstable();
+    engines.dedup();
+    let (software, hardware): (Vec<&str>, Vec<&str>) =
+        engines.into_iter().partition(|engine| is_software_adapter(cells, engine));
+    let (stock, ranked): (Vec<&str>, Vec<&str>) =
+        hardware.into_iter().partition(|engine| is_beside_tuned(cells, engine));
+    let jobs: Vec<Job> = all.into_iter().filter(|j| ranked.contains(&j.engine)).collect();
 
     let mut rankings: Vec<Ranking> =
         models(&jobs).iter().rev().map(|model| Ranking::of(&jobs, model, criteria)).collect();
     // Stable: the largest stays first among those with something to choose.
     rankings.sort_by_key(|r| r.candidates.is_empty());
-    Decision { memory_target_bytes: criteria.memory_target_bytes(), rankings, software_adapters }
+    let names = |engines: Vec<&str>| engines.into_iter().map(str::to_owned).collect();
+    Decision {
+        memory_target_bytes: criteria.memory_target_bytes(),
+        rankings,
+        software_adapters: names(software),
+        stock_forms: names(stock),
+    }
 }

@@ -128,7 +128,8 @@ pub struct Missing {
 }
 
 impl Ranking {
-    /// Ranks the engines of `jobs` on `model`. Software adapters must not be among them.
+    /// Ranks the engines of `jobs` on `model`. Software adapters and stock forms of engines that are ranked must not
+    /// be among them.
     pub fn of(jobs: &[Job], model: &ModelRecord, criteria: &Criteria) -> Self {
         let on_model: Vec<Job> = jobs.iter().filter(|j| j.model.name == model.name).cloned().collect();
         let mut engines: Vec<&str> = on_model.iter().map(|j| j.engine).collect();

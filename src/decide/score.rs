@@ -142,7 +142,7 @@ fn from_metric(metric: Metric, anchors: &ValueFunction, jobs: &[Job], model: &st
         None => not_measured(format!("{scenario} ended {}", job.outcomes())),
         Some((Footprint::Unknown, _)) => not_measured(format!("{scenario} has no memory figure")),
         Some((Footprint::AtLeast { .. }, _)) => {
-            not_measured("the peak of the GPU's own memory is not in the record, only its state at the end")
+            not_measured("the peak of the memory on the GPU is not in the record, only what it is at least")
         }
         Some((Footprint::Peak { bytes }, cell)) => {
             let value = bytes as f64 / 1e9;

@@ -34,9 +34,9 @@ fn verdict(ranking: &Ranking) -> String {
         }
         Verdict::OnlyOne { engine } => {
             let others = match ranking.knocked_out.len() {
-                0 => "No other engine is in the record".to_owned(),
-                1 => "The one other engine in the record is knocked out".to_owned(),
-                n => format!("The {n} other engines in the record are knocked out"),
+                0 => "There is no other engine to rank".to_owned(),
+                1 => "The one other engine to rank is knocked out".to_owned(),
+                n => format!("The {n} other engines to rank are knocked out"),
             };
             format!(
                 "**Only {} is left to choose on {model}.** {others}: this is a choice for want of another, \
@@ -200,6 +200,10 @@ pub fn limits(decision: &Decision, facts: &Facts) -> Vec<String> {
     if !decision.software_adapters.is_empty() && ranking.is_some() {
         let names: Vec<String> = decision.software_adapters.iter().map(|e| markdown(e)).collect();
         limits.push(format!("Not compared, because it ran on a software adapter: {}.", list(&names)));
+    }
+    if !decision.stock_forms.is_empty() {
+        let names: Vec<String> = decision.stock_forms.iter().map(|e| markdown(e)).collect();
+        limits.push(format!("Not ranked beside its tuned form: {}.", list(&names)));
     }
     if facts.builds.len() > 1 {
         limits.push("The cells come from different builds of evalfw.".to_owned());

@@ -4,10 +4,8 @@
 use super::trace::{CellRef, Lines};
 use crate::decide::figures::{Footprint, InferFigures, Spread, TrainFigures};
 use crate::decide::jobs::Job;
+use crate::engines::is_stock_form_of;
 use serde::Serialize;
-
-/// How the name of a stock form ends: the record tells no other way.
-const SUFFIX: &str = "-stock";
 
 /// One figure of a job on both.
 #[derive(Debug, Clone, Serialize)]
@@ -28,12 +26,9 @@ pub struct StockRow {
 pub fn stock_rows(jobs: &[&Job], lines: &Lines) -> Vec<StockRow> {
     let mut rows = Vec::new();
     for stock in jobs {
-        let Some(device) = stock.engine.strip_suffix(SUFFIX) else { continue };
-        let is_tuned = |engine: &str| {
-            let variant = engine.strip_prefix(device);
-            variant.is_some_and(|rest| rest.is_empty() || rest.starts_with('-')) && !engine.ends_with(SUFFIX)
-        };
-        for tuned in jobs.iter().filter(|j| is_tuned(j.engine) && j.label() == stock.label()) {
+        let is_tuned =
+            |job: &&&Job| is_stock_form_of(stock.engine, job.engine) && job.label() == stock.label();
+        for tuned in jobs.iter().filter(is_tuned) {
             rows.extend(compare(tuned, stock, lines));
         }
     }
@@ -65,11 +60,15 @@ fn compare(tuned: &Job, stock: &Job, lines: &Lines) -> Vec<StockRow> {
 fn figures(job: &Job) -> [(&'static str, Option<Spread>); 4] {
     let train = TrainFigures::of(job);
     let infer = InferFigures::of(job);
-    let bytes = Footprint::of_job(job).and_then(|(footprint, _)| footprint.bytes());
+    // Lower bounds have no ratio.
+    let peak = match Footprint::of_job(job) {
+        Some((Footprint::Peak { bytes }, _)) => Spread::of([bytes as f64 / 1e9]),
+        _ => None,
+    };
     [
         ("slot tokens/s", train.map(|t| t.slot_tokens)),
         ("prompt tokens/s", infer.and_then(|i| i.prefill)),
         ("generated tokens/s", infer.and_then(|i| i.decode)),
-        ("peak GB", bytes.and_then(|bytes| Spread::of([bytes as f64 / 1e9]))),
+        ("peak GB", peak),
     ]
 }

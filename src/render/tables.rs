@@ -56,8 +56,8 @@ pub struct VerdictRow {
     pub reason: Option<String>,
     /// Of the reference job, or else the largest of the other jobs that ended ok.
     pub bytes: Option<u64>,
-    /// Training may need more: it is not the peak of the reference job, or it is a GPU's own memory,
-    /// which is known at the end only.
+    /// Training may need more: it is not the peak of the reference job, or what a GPU held
+    /// is known at the end only.
     pub at_least: bool,
     pub scenario: Option<String>,
     /// Target minus peak, where it fits.
@@ -84,7 +84,7 @@ pub enum Fit {
 
 fn verdicts(jobs: &[&Job], target_bytes: u64, lines: &Lines) -> Vec<VerdictRow> {
     let mut keys: Vec<(&str, Quantization)> = jobs.iter().map(|j| (j.engine, j.quantization)).collect();
-    keys.sort_by_key(|(engine, quantization)| (*engine, std::cmp::Reverse(*quantization)));
+    keys.sort_by_key(|(engine, quantization)| (*engine, place(*quantization)));
     keys.dedup();
     let all: Vec<Job> = jobs.iter().map(|j| (*j).clone()).collect();
     let reference = jobs.first().and_then(|j| reference_scenario(&all, &j.model.name, "train"));
@@ -94,6 +94,15 @@ fn verdicts(jobs: &[&Job], target_bytes: u64, lines: &Lines) -> Vec<VerdictRow> 
         verdict(&own, reference, target_bytes, lines)
     };
     keys.into_iter().filter_map(row).collect()
+}
+
+/// What the target is for comes first, then the framework's own format, and last what is not quantized.
+fn place(quantization: Quantization) -> u8 {
+    match quantization {
+        Quantization::Nf4 => 0,
+        Quantization::Native => 1,
+        Quantization::None => 2,
+    }
 }
 
 /// `jobs` are those of one engine and one storage of the base.
@@ -113,7 +122,7 @@ fn verdict(jobs: &[&Job], reference: Option<&str>, target_bytes: u64, lines: &Li
     let of_others = || others().filter_map(|j| Footprint::of_job(j)).max_by_key(|(f, _)| f.bytes());
     let (footprint, cell) = of_reference.or_else(of_others).filter(known).unzip();
     let bytes = footprint.and_then(|f: Footprint| f.bytes());
-    let device_only = matches!(footprint, Some(Footprint::AtLeast { .. }));
+    let is_floor = matches!(footprint, Some(Footprint::AtLeast { .. }));
 
     let ran_out = |j: &&&Job| j.cells.iter().any(|c| c.outcome == Outcome::Oom);
     let is_over = |j: &&&Job| {
@@ -126,7 +135,7 @@ fn verdict(jobs: &[&Job], reference: Option<&str>, target_bytes: u64, lines: &Li
         verdict,
         reason,
         bytes,
-        at_least: bytes.is_some() && (is_bound || device_only),
+        at_least: bytes.is_some() && (is_bound || is_floor),
         scenario: cell.map(|c| c.scenario.clone()),
         headroom_bytes: bytes.filter(|_| verdict == Fit::Fits).map(|b| target_bytes as i64 - b as i64),
         host_bytes: cell.filter(|c| Footprint::is_of_device(c)).and_then(|c| c.peak_memory_bytes),

@@ -2,6 +2,7 @@
 
 use crate::records::{Engine, ended, infer, load, tiny, train, unavailable};
 use evalfw::decide::criteria::Criteria;
+use evalfw::decide::figures::Footprint;
 use evalfw::decide::knockout::Rule;
 use evalfw::decide::ranking::{Ranking, Verdict, Winner};
 use evalfw::decide::score::Score;
@@ -256,6 +257,38 @@ fn a_software_adapter_is_ranked_with_nobody() {
     assert!(decide(&cells(&[software]), &Criteria::built_in().unwrap()).rankings.is_empty());
 }
 
+/// An engine and its stock form, which took fewer steps.
+fn beside_stock() -> Vec<CellRecord> {
+    let stock = Engine::new("candle-cuda-stock", 1.5, 9.0);
+    let mut fewer = train(256);
+    if let evalfw::scenario::Scenario::Train(s) = &mut fewer {
+        (s.warmup_steps, s.steps) = (0, 1);
+    }
+    let mut all = cells(&[Engine::new("candle-cuda", 2.0, 1.0), Engine::new("burn-flex", 11.0, 4.0)]);
+    all.extend([stock.cell(&fewer, 0), stock.cell(&infer(), 0)]);
+    all
+}
+
+#[test]
+fn a_stock_form_is_not_ranked_beside_its_tuned_form() {
+    let all = beside_stock();
+    let decision = decision(&all);
+    assert_eq!(decision.stock_forms, ["candle-cuda-stock"]);
+    let without: Vec<CellRecord> = all.iter().filter(|c| c.engine != "candle-cuda-stock").cloned().collect();
+    assert_eq!(*decision.headline().unwrap(), headline(&without));
+    assert!(decision.headline().unwrap().speed.is_some());
+}
+
+#[test]
+fn a_stock_form_is_ranked_where_its_tuned_form_did_not_run() {
+    let mut all = cells(&[Engine::new("candle-cuda-stock", 2.0, 1.0), fat()]);
+    all.extend(unavailable("candle-cuda-bf16", "no bf16", "take another GPU"));
+    let decision = decision(&all);
+    assert!(decision.stock_forms.is_empty());
+    let candidates = &decision.headline().unwrap().candidates;
+    assert!(candidates.iter().any(|c| c.engine == "candle-cuda-stock"), "{candidates:?}");
+}
+
 #[test]
 fn engines_on_different_models_are_in_different_rankings() {
     let small = Engine { model: tiny(), ..fat() };
@@ -333,4 +366,25 @@ fn the_memory_of_a_gpu_is_a_lower_bound() {
     };
     assert!(matches!(score(&on_gpu(8_000_000_000), "lean", MEMORY), Score::NotMeasured { .. }));
     assert_eq!(on_gpu(17_000_000_000).knocked_out[0].reasons[0].rule, Rule::OverMemoryTarget);
+}
+
+#[test]
+fn the_memory_of_a_unified_gpu_is_the_larger_of_both_and_a_lower_bound() {
+    let on_gpu = |reserved: Option<u64>| {
+        let mut gpu = cells(&[lean()]);
+        for cell in &mut gpu {
+            cell.device.as_mut().unwrap().kind = DeviceKind::UnifiedGpu;
+            let memory = DeviceMemory { reserved_bytes: reserved, ..DeviceMemory::default() };
+            cell.samples.device_memory = Some(memory);
+        }
+        gpu.into_iter().find(|c| c.scenario.starts_with("train")).unwrap()
+    };
+    let footprint = |reserved: Option<u64>| Footprint::of_cell(&on_gpu(reserved));
+    assert_eq!(footprint(Some(8_000_000_000)), Footprint::AtLeast { bytes: 8_000_000_000 });
+    // The resident peak of the fixture is 2 GB.
+    assert_eq!(footprint(Some(1_000_000_000)), Footprint::AtLeast { bytes: 2_000_000_000 });
+    assert_eq!(footprint(None), Footprint::Peak { bytes: 2_000_000_000 });
+    let mut over = cells(&[fat()]);
+    over.push(on_gpu(Some(17_000_000_000)));
+    assert_eq!(headline(&over).knocked_out[0].reasons[0].rule, Rule::OverMemoryTarget);
 }

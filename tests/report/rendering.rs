@@ -6,6 +6,7 @@ use evalfw::decide::criteria::Criteria;
 use evalfw::record::{CellRecord, Outcome};
 use evalfw::render::report::{Report, render};
 use evalfw::render::terminal;
+use evalfw_engine::protocol::{DeviceKind, DeviceMemory, Quantization};
 use std::path::{Path, PathBuf};
 
 /// What a run on a machine with two CPU engines, a software adapter and no GPU records.
@@ -429,4 +430,57 @@ fn a_target_that_was_not_met_has_no_time() {
     let text = report(&cells).markdown;
     let row = text.lines().find(|l| l.starts_with("| candle-cpu | quality-")).unwrap();
     assert!(row.contains("| 0.5 | not reached in 10 | – | 6.0000 → 1.0000 |"), "{row}");
+}
+
+/// An engine beside its stock form, on a GPU that tells its peak, and with two forms of the base.
+fn stock_beside_tuned() -> Vec<CellRecord> {
+    let tuned = Engine::new("candle-cuda", 2.0, 1.0);
+    let stock = Engine::new("candle-cuda-stock", 3.0, 4.0);
+    let other = Engine::new("other-stock", 3.0, 4.0);
+    let mut cells: Vec<CellRecord> = [tuned, stock, other].iter().map(|e| e.cell(&train(256), 0)).collect();
+    for quantization in [Quantization::None, Quantization::Native] {
+        let mut cell = cells[0].clone();
+        cell.cell = cell.cell.replace("/nf4/", &format!("/{quantization:?}/").to_lowercase());
+        cell.quantization = quantization;
+        cells.push(cell);
+    }
+    for cell in &mut cells {
+        cell.device.as_mut().unwrap().kind = DeviceKind::DiscreteGpu;
+        let bytes = cell.peak_memory_bytes;
+        cell.samples.device_memory = Some(DeviceMemory { peak_bytes: bytes, ..DeviceMemory::default() });
+    }
+    cells
+}
+
+#[test]
+fn a_stock_form_stands_beside_its_tuned_form_and_is_not_ranked() {
+    let report = report(&stock_beside_tuned());
+    let rows = &report.findings.models[0].stock;
+    let figures: Vec<_> =
+        rows.iter().map(|r| (r.engine.as_str(), r.stock_engine.as_str(), r.figure)).collect();
+    let pair = |figure| ("candle-cuda", "candle-cuda-stock", figure);
+    assert_eq!(figures, [pair("slot tokens/s"), pair("peak GB")]);
+    assert!(
+        report.markdown.contains("Not ranked beside its tuned form: candle-cuda-stock."),
+        "{}",
+        report.markdown
+    );
+    assert!(!report.markdown.contains("cannot be compared"), "{}", report.markdown);
+}
+
+#[test]
+fn lower_bounds_of_memory_are_not_set_beside_each_other() {
+    let mut cells = stock_beside_tuned();
+    let memory = cells[1].samples.device_memory.as_mut().unwrap();
+    memory.reserved_bytes = memory.peak_bytes.take();
+    let rows = &report(&cells).findings.models[0].stock;
+    assert_eq!(rows.iter().map(|r| r.figure).collect::<Vec<_>>(), ["slot tokens/s"]);
+}
+
+#[test]
+fn the_base_that_the_target_is_for_comes_first() {
+    let report = report(&stock_beside_tuned());
+    let of_engine = report.findings.models[0].verdicts.iter().filter(|r| r.engine == "candle-cuda");
+    let order: Vec<Quantization> = of_engine.map(|r| r.quantization).collect();
+    assert_eq!(order, [Quantization::Nf4, Quantization::Native, Quantization::None]);
 }
