@@ -1,8 +1,9 @@
-//! Stock kernels beside ours, and a framework's own 4-bit format, end to end.
+//! Stock kernels beside ours, and a framework's own quantized format, end to end.
 
 mod support;
 
 use evalfw::record::Outcome;
+use predicates::prelude::*;
 use std::fs;
 use support::Workspace;
 
@@ -76,7 +77,7 @@ fn a_stock_form_runs_where_a_suite_asks_for_it_and_stands_beside_the_tuned_one()
 
     let report = fs::read_to_string(workspace.results().join("REPORT.md")).unwrap();
     let (_, table) = report.split_once("Stock beside tuned").expect("no table of stock kernels");
-    for row in ["| candle-cpu | train-s32-b1 | slot tokens/s |", "(native 4-bit) | generated tokens/s |"] {
+    for row in ["| candle-cpu | train-s32-b1 | slot tokens/s |", "(native) | generated tokens/s |"] {
         assert!(table.contains(row), "{row} is not in: {table}");
     }
 }
@@ -97,5 +98,19 @@ fn a_form_that_an_engine_lacks_is_unavailable_there_and_the_rest_is_measured() {
     let (unavailable, message) = outcome("native");
     assert_eq!(unavailable, Outcome::Unavailable);
     assert!(message.contains("native"), "{message}");
+    let advice = records.iter().find_map(|r| r.error.as_ref()?.advice.clone()).unwrap();
+    assert!(advice.contains("`none` and `nf4`"), "{advice}");
     assert!(records.iter().all(|r| r.engine == "burn-flex"), "Burn has no stock form yet");
+}
+
+#[test]
+fn a_suite_of_stock_kernels_alone_names_the_engines_that_have_them() {
+    let workspace = Workspace::new();
+    write_suite(&workspace);
+    let suite = workspace.path("scenarios/suites/kernels.toml");
+    fs::write(suite, SUITE.replace("[\"custom\", \"stock\"]", "\"stock\"")).unwrap();
+    let mut run = workspace.evalfw();
+    run.args(["run", "--suite", "kernels", "--engine", "burn-flex", "--model"]).arg(workspace.model());
+    let refused = run.assert().code(2);
+    refused.stderr(predicate::str::contains("has a stock form").and(predicate::str::contains("candle-cpu,")));
 }

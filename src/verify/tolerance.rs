@@ -17,7 +17,8 @@
 
 use serde::Serialize;
 
-/// Of a framework's own 4-bit format from the unquantized model: logits, of the largest one.
+/// Of a framework's own quantized format from the unquantized model: logits, of the largest one. It has 4 bits
+/// where it can, and those are all that can be asked of it.
 pub const NATIVE_LOGITS: f64 = 2e-1;
 /// The same for the losses of evaluation.
 pub const NATIVE_LOSSES: f64 = 2e-2;

@@ -133,7 +133,7 @@ pub enum Quantization {
     None,
     /// NF4 with double quantisation for the seven projections; embedding, head and norms as they are.
     Nf4,
-    /// The framework's own 4-bit format for the seven projections.
+    /// The framework's own quantized format for the seven projections, 4 bits where it can.
     Native,
 }
 
@@ -347,7 +347,8 @@ pub struct DeviceMemory {
     pub in_use_bytes: Option<u64>,
     /// Bytes taken from the device, free pool pages included.
     pub reserved_bytes: Option<u64>,
-    /// The most bytes of the device that the process ever held.
+    /// The most bytes of the device that were taken while the process ran; where a framework cannot tell its
+    /// own share, what other processes hold is in it.
     #[serde(default)]
     pub peak_bytes: Option<u64>,
 }

@@ -70,7 +70,7 @@ impl Bench<'_> {
     }
 
     /// No reference has a framework's own format, so that it is held against what it stands for: the unquantized
-    /// model, as far as 4 bits can be near it.
+    /// model, as far as a quantized one can be near it.
     fn native_checks(&mut self) -> Result<(), Broken> {
         self.logits(NATIVE_LOGITS)?;
         self.losses(NATIVE_LOSSES)?;
@@ -86,7 +86,7 @@ impl Bench<'_> {
         match self.quantization {
             Quantization::None => name.to_owned(),
             Quantization::Nf4 => format!("NF4: {name}"),
-            Quantization::Native => format!("native 4-bit: {name}"),
+            Quantization::Native => format!("native: {name}"),
         }
     }
 
