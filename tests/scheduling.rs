@@ -71,10 +71,16 @@ fn run(folder: &Path, cells: &[Cell], done: &BTreeSet<String>) -> Vec<String> {
     executor.executed
 }
 
+fn cells(repetitions: u32, engines: &[&str]) -> Vec<Cell> {
+    let selected: Vec<String> = engines.iter().map(|e| (*e).to_owned()).collect();
+    let engines: Vec<_> = selected.iter().map(|e| (e.clone(), 0)).collect();
+    interleaved(&suite(repetitions), &selected, &engines, &BTreeMap::new())
+}
+
 #[test]
 fn cells_run_interleaved_and_a_failure_stops_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let cells = interleaved(&suite(2), &[("good".into(), 0), ("broken".into(), 0)], &BTreeMap::new());
+    let cells = cells(2, &["good", "broken"]);
     let executed = run(folder.path(), &cells, &BTreeSet::new());
     assert_eq!(
         executed,
@@ -105,7 +111,7 @@ fn cells_run_interleaved_and_a_failure_stops_nothing() {
 #[test]
 fn cells_that_are_done_are_not_run_again() {
     let folder = tempfile::tempdir().unwrap();
-    let cells = interleaved(&suite(1), &[("good".into(), 0)], &BTreeMap::new());
+    let cells = cells(1, &["good"]);
     let done = ["good/m/load/nf4/0".to_owned()].into();
     assert_eq!(run(folder.path(), &cells, &done), ["good/m/train-s64-b1/nf4/0"]);
 }
@@ -113,7 +119,7 @@ fn cells_that_are_done_are_not_run_again() {
 #[test]
 fn a_record_of_another_schema_or_with_a_broken_row_is_refused_by_line() {
     let folder = tempfile::tempdir().unwrap();
-    run(folder.path(), &interleaved(&suite(1), &[("good".into(), 0)], &BTreeMap::new()), &BTreeSet::new());
+    run(folder.path(), &cells(1, &["good"]), &BTreeSet::new());
     let path = folder.path().join("cells.jsonl");
     let good = std::fs::read_to_string(&path).unwrap();
     let message = |text: String| {

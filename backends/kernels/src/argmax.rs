@@ -26,6 +26,18 @@ struct Row {
     scale: f32,
     /// The error of the product is at most this times the norm of the vector (Cauchy and Schwarz).
     error: f32,
+    /// L2, of what the codes stand for.
+    norm: f32,
+    /// Of the codes.
+    sum: i32,
+}
+
+/// The products of a vector with the codes of rows, to within a bound.
+struct Approximation {
+    products: Vec<f32>,
+    /// The error is at most that of a row times the first, and the norm of a row times the second.
+    of_errors: f32,
+    of_norms: f32,
 }
 
 impl Screen {
@@ -47,18 +59,16 @@ impl Screen {
 
     /// The first row whose product with `x` is the largest; `None` if a product is not a number.
     pub fn argmax(&self, matrix: &HostMatrix, x: &[f32]) -> Option<usize> {
-        let norm = dot(x, x).sqrt();
-        let mut approximate = vec![0.0; self.rows.len()];
-        let rows = self.codes.par_chunks(ROWS * x.len()).zip(self.rows.par_chunks(ROWS));
-        approximate.par_chunks_mut(ROWS).zip(rows).for_each(|(out, (codes, rows))| {
-            for ((out, codes), row) in out.iter_mut().zip(codes.chunks(x.len())).zip(rows) {
-                *out = row.scale * dot_i8(codes, x);
-            }
-        });
-        if approximate.iter().any(|value| !value.is_finite()) {
+        let Approximation { products, of_errors, of_norms } = self.approximate(x);
+        if products.iter().any(|value| !value.is_finite()) {
             return None;
         }
-        let bounds = || approximate.iter().zip(&self.rows).map(|(value, row)| (value, row.error * norm));
+        let bounds = || {
+            products
+                .iter()
+                .zip(&self.rows)
+                .map(|(value, row)| (value, row.error * of_errors + row.norm * of_norms))
+        };
         let at_least = bounds().map(|(value, error)| value - error).fold(f32::NEG_INFINITY, f32::max);
         let candidates = bounds().enumerate().filter(|(_, (value, error))| *value + error >= at_least);
         let mut best = None;
@@ -72,6 +82,33 @@ impl Screen {
             }
         }
         best.map(|(row, _)| row)
+    }
+
+    fn approximate(&self, x: &[f32]) -> Approximation {
+        let norm = dot(x, x).sqrt();
+        #[cfg(target_arch = "x86_64")]
+        if integers::are_there()
+            && let Some(vector) = integers::Vector::new(x)
+        {
+            // SAFETY: the CPU has the instructions.
+            let product = |codes: &[i8], row: &Row| unsafe { vector.product(codes, row.sum) } * row.scale;
+            let products = self.products(x.len(), product);
+            return Approximation { products, of_errors: norm, of_norms: vector.error };
+        }
+        let products = self.products(x.len(), |codes, row| row.scale * dot_i8(codes, x));
+        Approximation { products, of_errors: norm, of_norms: 0.0 }
+    }
+
+    /// Of all rows, on all threads.
+    fn products(&self, width: usize, product: impl Fn(&[i8], &Row) -> f32 + Sync) -> Vec<f32> {
+        let mut products = vec![0.0; self.rows.len()];
+        let rows = self.codes.par_chunks(ROWS * width).zip(self.rows.par_chunks(ROWS));
+        products.par_chunks_mut(ROWS).zip(rows).for_each(|(out, (codes, rows))| {
+            for ((out, codes), row) in out.iter_mut().zip(codes.chunks(width)).zip(rows) {
+                *out = product(codes, row);
+            }
+        });
+        products
     }
 }
 
@@ -95,13 +132,84 @@ fn quantize(values: &[f32], codes: &mut [i8]) -> Row {
     let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
     // A row of zeros is exact with any scale.
     let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
-    let (mut error, mut norm) = (0f64, 0f64);
+    let (mut error, mut norm, mut of_codes, mut sum) = (0f64, 0f64, 0f64, 0);
     for (value, code) in values.iter().zip(codes) {
         *code = (value / scale).round() as i8;
-        error += f64::from(value - f32::from(*code) * scale).powi(2);
+        let stands_for = f32::from(*code) * scale;
+        error += f64::from(value - stands_for).powi(2);
         norm += f64::from(*value).powi(2);
+        of_codes += f64::from(stands_for).powi(2);
+        sum += i32::from(*code);
     }
-    Row { scale, error: error.sqrt() as f32 * 1.001 + ROUNDING * norm.sqrt() as f32 }
+    Row {
+        scale,
+        error: error.sqrt() as f32 * 1.001 + ROUNDING * norm.sqrt() as f32,
+        norm: of_codes.sqrt() as f32 * 1.001,
+        sum,
+    }
+}
+
+/// Products of 8-bit integers, four in each lane of a register.
+#[cfg(target_arch = "x86_64")]
+mod integers {
+    use super::ROUNDING;
+    use crate::dot::dot;
+    use crate::level::{Level, level};
+    use std::arch::x86_64::*;
+
+    /// The instruction multiplies bytes without a sign with bytes that have one.
+    const ZERO: i16 = 128;
+
+    pub fn are_there() -> bool {
+        level() == Level::Avx512 && is_x86_feature_detected!("avx512vnni")
+    }
+
+    /// A vector as integers times a scale.
+    pub struct Vector {
+        /// With [`ZERO`] added.
+        codes: Vec<u8>,
+        scale: f32,
+        /// L2 norm of what rounding took away.
+        pub error: f32,
+    }
+
+    impl Vector {
+        /// `None` where an element is not finite.
+        pub fn new(x: &[f32]) -> Option<Self> {
+            let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
+            if !x.iter().all(|v| v.is_finite()) {
+                return None;
+            }
+            let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
+            let mut codes = Vec::with_capacity(x.len());
+            let mut error = 0f64;
+            for value in x {
+                let code = (value / scale).round();
+                error += f64::from(value - code * scale).powi(2);
+                codes.push((code as i16 + ZERO) as u8);
+            }
+            let error = error.sqrt() as f32 * 1.001 + ROUNDING * dot(x, x).sqrt();
+            Some(Self { codes, scale, error })
+        }
+
+        /// With a row of codes whose sum is `sum`.
+        #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+        pub fn product(&self, row: &[i8], sum: i32) -> f32 {
+            let (rows, rest) = row.as_chunks::<64>();
+            let (vectors, vector_rest) = self.codes.as_chunks::<64>();
+            let mut sums = [_mm512_setzero_si512(); 2];
+            for (i, (row, vector)) in rows.iter().zip(vectors).enumerate() {
+                // SAFETY: both have 64 bytes.
+                let (row, vector) = unsafe {
+                    (_mm512_loadu_si512(row.as_ptr().cast()), _mm512_loadu_si512(vector.as_ptr().cast()))
+                };
+                sums[i % 2] = _mm512_dpbusd_epi32(sums[i % 2], vector, row);
+            }
+            let rest: i32 = rest.iter().zip(vector_rest).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
+            let total = _mm512_reduce_add_epi32(_mm512_add_epi32(sums[0], sums[1])) + rest;
+            (total - i32::from(ZERO) * sum) as f32 * self.scale
+        }
+    }
 }
 
 #[cfg(test)]

@@ -17,6 +17,8 @@ pub mod level;
 mod matrix;
 mod nf4;
 mod product;
+#[cfg(target_arch = "x86_64")]
+mod transpose;
 mod vector;
 
 pub use dot::{dot, dot_bf16, widen_bf16};

@@ -4,6 +4,8 @@
 use crate::dot::{dot, dot_bf16};
 #[cfg(target_arch = "x86_64")]
 use crate::level::{Level, level};
+#[cfg(target_arch = "x86_64")]
+use crate::matrix::Products;
 use crate::matrix::{Elements, HostMatrix};
 use evalfw_engine::nf4::BLOCK;
 use rayon::prelude::*;
@@ -19,12 +21,10 @@ pub fn add_product(matrix: &HostMatrix, x: &[f32], out: &mut [f32]) {
         && level() == Level::Avx512
         && width.is_multiple_of(2 * BLOCK)
     {
-        let x = avx512::in_order_of_nibbles(x);
-        out.par_chunks_mut(ROWS).enumerate().for_each(|(i, out)| {
-            // SAFETY: the CPU has the instructions of the level.
-            unsafe { avx512::add_products(tensor, i * ROWS, &x, out) };
-        });
-        return;
+        return match matrix.products {
+            Products::Bf16 => avx512::add_product::<avx512::Pairs>(tensor, x, out),
+            Products::F32 => avx512::add_product::<avx512::Single>(tensor, x, out),
+        };
     }
     // The fewest rows of NF4 that begin with a block.
     let step = (1..=BLOCK).find(|rows| (rows * width).is_multiple_of(BLOCK)).unwrap_or(BLOCK);
@@ -57,49 +57,66 @@ fn add_dots<T>(out: &mut [f32], rows: &[T], x: &[f32], dot: fn(&[T], &[f32]) -> 
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
+    use super::ROWS;
     use crate::nf4::avx512::absmax;
+    use crate::transpose::{SIDE, transpose};
     use evalfw_engine::nf4::{BLOCK, LEVELS, Nf4Tensor};
+    use half::bf16;
+    use rayon::prelude::*;
     use std::arch::x86_64::*;
 
     /// Weights that are multiplied together: the codes fill one register.
     const CHUNK: usize = 2 * BLOCK;
+    /// Bytes by which codes are fetched ahead.
+    const AHEAD: usize = 2048;
 
-    /// `x` in the order in which shifting a register of codes uncovers their nibbles: number `k` of eight
-    /// shifts by four bits leaves nibble `k` of each of 16 words in the place where the look-up sees it.
-    pub fn in_order_of_nibbles(x: &[f32]) -> Vec<f32> {
-        let mut ordered = vec![0.0; x.len()];
-        for (ordered, x) in ordered.chunks_mut(CHUNK).zip(x.chunks(CHUNK)) {
-            for (place, value) in ordered.iter_mut().enumerate() {
-                let (nibble, word) = (place / 16, place % 16);
-                // The first weight of a byte is in its high nibble.
-                *value = x[8 * word + (nibble ^ 1)];
-            }
-        }
-        ordered
+    /// How a register of codes is decoded and multiplied.
+    pub trait Factors {
+        /// A chunk of the vector, in the order in which shifting a register of codes uncovers their nibbles.
+        type Chunk: Send + Sync;
+        /// The levels, in a register that is looked up.
+        type Table: Copy;
+
+        fn chunk(x: &[f32; CHUNK]) -> Self::Chunk;
+
+        /// # Safety
+        /// The CPU has the instructions of the factors.
+        unsafe fn table() -> Self::Table;
+
+        /// The products of a chunk, without the scales of its blocks: those of the first block add up in the lower
+        /// eight lanes, those of the second in the upper ones.
+        ///
+        /// # Safety
+        /// As of [`table`](Self::table).
+        unsafe fn multiply(codes: __m512i, table: Self::Table, x: &Self::Chunk) -> __m512;
     }
 
-    /// `out += W · x` for the rows of `tensor` from `first_row`.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub fn add_products(tensor: &Nf4Tensor, first_row: usize, x: &[f32], out: &mut [f32]) {
-        let width = x.len();
-        assert!(width.is_multiple_of(CHUNK) && width == tensor.shape[1]);
-        let blocks = width / BLOCK;
-        let (x, _) = x.as_chunks::<CHUNK>();
-        // SAFETY: the table has 16 elements.
-        let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
-        let mut scales = vec![0.0; blocks];
-        for (row, out) in (first_row..).zip(out) {
-            absmax(&tensor.scales, row * blocks, &mut scales);
-            let codes = &tensor.codes[row * width / 2..][..width / 2];
-            let mut sum = _mm512_setzero_ps();
-            let pairs = scales.as_chunks::<2>().0;
-            for ((codes, x), scales) in codes.as_chunks::<{ CHUNK / 2 }>().0.iter().zip(x).zip(pairs) {
-                // SAFETY: `codes` has 64 bytes, and `x` has 8 times 16 elements.
-                let (codes, x) = unsafe {
-                    (_mm512_loadu_si512(codes.as_ptr().cast()), |k: usize| {
-                        _mm512_loadu_ps(x.as_ptr().add(16 * k))
-                    })
-                };
+    /// In f32, eight look-ups for a register of codes.
+    pub struct Single;
+
+    impl Factors for Single {
+        type Chunk = [f32; CHUNK];
+        type Table = __m512;
+
+        fn chunk(x: &[f32; CHUNK]) -> Self::Chunk {
+            std::array::from_fn(|place| {
+                let (nibble, word) = (place / 16, place % 16);
+                // The first weight of a byte is in its high nibble.
+                x[8 * word + (nibble ^ 1)]
+            })
+        }
+
+        #[inline(always)]
+        unsafe fn table() -> __m512 {
+            // SAFETY: there are 16 levels; the instructions are there by the contract, also below.
+            unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply(codes: __m512i, levels: __m512, x: &Self::Chunk) -> __m512 {
+            // SAFETY: `x` has eight times 16 elements.
+            unsafe {
+                let x = |k: usize| _mm512_loadu_ps(x.as_ptr().add(16 * k));
                 let look_up = |indices| _mm512_permutexvar_ps(indices, levels);
                 // Two sums, for the multiply-add takes longer than the look-up.
                 let mut even = _mm512_mul_ps(look_up(codes), x(0));
@@ -110,11 +127,104 @@ mod avx512 {
                 odd = _mm512_fmadd_ps(look_up(_mm512_srli_epi32::<20>(codes)), x(5), odd);
                 even = _mm512_fmadd_ps(look_up(_mm512_srli_epi32::<24>(codes)), x(6), even);
                 odd = _mm512_fmadd_ps(look_up(_mm512_srli_epi32::<28>(codes)), x(7), odd);
-                // Words 0 to 7 are the first block, 8 to 15 the second.
+                _mm512_add_ps(even, odd)
+            }
+        }
+    }
+
+    /// In bf16, summed in f32: four look-ups, of two weights in each lane.
+    pub struct Pairs;
+
+    impl Factors for Pairs {
+        type Chunk = [bf16; CHUNK];
+        type Table = __m512i;
+
+        fn chunk(x: &[f32; CHUNK]) -> Self::Chunk {
+            std::array::from_fn(|place| {
+                let (nibble, word) = (place / 32, place % 32);
+                bf16::from_f32(x[4 * word + (nibble ^ 1)])
+            })
+        }
+
+        #[inline(always)]
+        unsafe fn table() -> __m512i {
+            // Twice, as the look-up sees five bits, one of them of the next nibble.
+            let levels: [bf16; 32] = std::array::from_fn(|code| bf16::from_f32(LEVELS[code % 16]));
+            // SAFETY: 32 values of 16 bits are read; the instructions are there by the contract, also below.
+            unsafe { _mm512_loadu_si512(levels.as_ptr().cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply(codes: __m512i, levels: __m512i, x: &Self::Chunk) -> __m512 {
+            // SAFETY: `x` has four times 32 elements; the types that are cast have the same bits.
+            unsafe {
+                let pairs = |v| std::mem::transmute::<__m512i, __m512bh>(v);
+                let x = |k: usize| pairs(_mm512_loadu_si512(x.as_ptr().add(32 * k).cast()));
+                let look_up = |indices| pairs(_mm512_permutexvar_epi16(indices, levels));
+                let zero = _mm512_setzero_ps();
+                let mut even = _mm512_dpbf16_ps(zero, look_up(codes), x(0));
+                let mut odd = _mm512_dpbf16_ps(zero, look_up(_mm512_srli_epi16::<4>(codes)), x(1));
+                even = _mm512_dpbf16_ps(even, look_up(_mm512_srli_epi16::<8>(codes)), x(2));
+                odd = _mm512_dpbf16_ps(odd, look_up(_mm512_srli_epi16::<12>(codes)), x(3));
+                _mm512_add_ps(even, odd)
+            }
+        }
+    }
+
+    /// `out += W · x` on all threads, for rows that are whole chunks.
+    pub fn add_product<F: Factors + 'static>(tensor: &Nf4Tensor, x: &[f32], out: &mut [f32]) {
+        assert_eq!([out.len(), x.len()], tensor.shape);
+        let chunks: Vec<F::Chunk> = x.as_chunks::<CHUNK>().0.iter().map(F::chunk).collect();
+        out.par_chunks_mut(ROWS).enumerate().for_each_init(Vec::new, |scales, (i, out)| {
+            // SAFETY: whoever chose the factors has seen that the CPU has their instructions.
+            unsafe { add_rows::<F>(tensor, i * ROWS, &chunks, scales, out) };
+        });
+    }
+
+    /// The rows from `first_row`; `scales` is memory to work in.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn add_rows<F: Factors>(
+        tensor: &Nf4Tensor,
+        first_row: usize,
+        x: &[F::Chunk],
+        scales: &mut Vec<f32>,
+        out: &mut [f32],
+    ) {
+        let (blocks, bytes) = (2 * x.len(), CHUNK / 2 * x.len());
+        scales.resize(out.len() * blocks, 0.0);
+        absmax(&tensor.scales, first_row * blocks, scales);
+        let codes = &tensor.codes[first_row * bytes..][..out.len() * bytes];
+        // SAFETY: by the contract of the factors.
+        let table = unsafe { F::table() };
+        let rows = codes.chunks_exact(bytes).zip(scales.chunks_exact(blocks));
+        let mut rows = rows.map(|(codes, scales)| {
+            let mut sums = [_mm512_setzero_ps(); 2];
+            let chunks = codes.as_chunks::<{ CHUNK / 2 }>().0.iter().zip(scales.as_chunks::<2>().0).zip(x);
+            for (i, ((codes, scales), x)) in chunks.enumerate() {
+                // SAFETY: `codes` has 64 bytes; the instructions are there. What is fetched ahead need not be.
+                let products = unsafe {
+                    _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
+                    F::multiply(_mm512_loadu_si512(codes.as_ptr().cast()), table, x)
+                };
                 let scale =
                     _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]));
-                sum = _mm512_fmadd_ps(_mm512_add_ps(even, odd), scale, sum);
+                sums[i % 2] = _mm512_fmadd_ps(products, scale, sums[i % 2]);
             }
+            _mm512_add_ps(sums[0], sums[1])
+        });
+        let (whole, rest) = out.as_chunks_mut::<SIDE>();
+        for out in whole {
+            // The sums of 16 rows are added up side by side.
+            let sums = std::array::from_fn(|_| rows.next().unwrap_or_else(|| _mm512_setzero_ps()));
+            let total = transpose(sums).into_iter().reduce(|a, b| _mm512_add_ps(a, b));
+            let total = total.unwrap_or_else(|| _mm512_setzero_ps());
+            // SAFETY: `out` has 16 elements.
+            unsafe {
+                let sum = _mm512_add_ps(_mm512_loadu_ps(out.as_ptr()), total);
+                _mm512_storeu_ps(out.as_mut_ptr(), sum);
+            }
+        }
+        for (out, sum) in rest.iter_mut().zip(rows) {
             *out += _mm512_reduce_add_ps(sum);
         }
     }
@@ -126,6 +236,24 @@ mod tests {
     use evalfw_engine::nf4::Nf4Tensor;
     use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
     use half::{bf16, f16};
+
+    /// All factors are at most 1; rounding one to bf16 is off by 2⁻⁹ of it, and both are rounded.
+    #[test]
+    fn products_of_bf16_agree_within_their_rounding() {
+        for shape in [[130, 896], [7, 128], [64, 256], [65, 384]] {
+            let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| (i as f32 * 0.9).sin()).collect();
+            let x: Vec<f32> = (0..shape[1]).map(|i| (i as f32 * 0.37).cos()).collect();
+            let matrix = HostMatrix::new(Weight::Nf4(Nf4Tensor::quantize(shape, &values)), Products::Bf16);
+            let rows = matrix.rows(&(0..shape[0] as u32).collect::<Vec<_>>());
+            let mut out = vec![1.0; shape[0]];
+            matrix.add_product(&x, &mut out);
+            for (out, row) in out.iter().zip(rows.chunks(shape[1])) {
+                let exact: f64 = row.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+                let tolerance = (shape[1] as f64).sqrt() / 128.0;
+                assert!((f64::from(*out) - 1.0 - exact).abs() < tolerance, "{shape:?}: {out} {exact}");
+            }
+        }
+    }
 
     #[test]
     fn every_storage_agrees_with_a_sum_in_f64() {

@@ -12,6 +12,8 @@ mod strip;
 
 use crate::level::{Level, level};
 use crate::matrix::{HostMatrix, Products};
+#[cfg(target_arch = "x86_64")]
+use crate::transpose;
 use evalfw_engine::nf4::BLOCK;
 use lane::Lane;
 use rayon::prelude::*;
@@ -166,8 +168,11 @@ impl Destination {
     /// # Safety
     /// The matrix is there, and nobody else reads or writes these columns.
     unsafe fn add(&self, columns: Range<usize>, sums: &[f32], lanes: usize, step: usize) {
+        // SAFETY: by the contract of this function.
+        let turned = unsafe { self.add_squares(&columns, sums, lanes, step) };
         for row in 0..self.rows {
             let sums = &sums[row / lanes * lanes * step + row % lanes..];
+            let done = if row < turned.rows { turned.columns } else { 0 };
             // SAFETY: by the contract of this function, and row and columns are within the matrix.
             let out = unsafe {
                 std::slice::from_raw_parts_mut(
@@ -175,11 +180,44 @@ impl Destination {
                     columns.len(),
                 )
             };
-            for (out, sum) in out.iter_mut().zip(sums.iter().step_by(lanes)) {
+            for (out, sum) in out.iter_mut().zip(sums.iter().step_by(lanes)).skip(done) {
                 *out += sum;
             }
         }
     }
+
+    /// Adds whole squares, where the CPU turns them in registers, and says how far they reach.
+    ///
+    /// # Safety
+    /// As of [`add`](Self::add).
+    unsafe fn add_squares(&self, columns: &Range<usize>, sums: &[f32], lanes: usize, step: usize) -> Turned {
+        #[cfg(target_arch = "x86_64")]
+        if level() == Level::Avx512 && lanes.is_multiple_of(transpose::SIDE) {
+            let whole = |n: usize| n / transpose::SIDE * transpose::SIDE;
+            let turned = Turned { rows: whole(self.rows), columns: whole(columns.len()) };
+            for row in (0..turned.rows).step_by(transpose::SIDE) {
+                for column in (0..turned.columns).step_by(transpose::SIDE) {
+                    let from = &sums[row / lanes * lanes * step + column * lanes + row % lanes..];
+                    assert!(from.len() >= (transpose::SIDE - 1) * lanes + transpose::SIDE);
+                    // SAFETY: the square of sums is there, and that of the matrix is ours by the contract; the CPU has
+                    // the instructions of the level.
+                    unsafe {
+                        let to = self.start.add(row * self.width + columns.start + column);
+                        transpose::add_transposed(from.as_ptr(), lanes, to, self.width);
+                    }
+                }
+            }
+            return turned;
+        }
+        let _ = (columns, sums, lanes, step);
+        Turned { rows: 0, columns: 0 }
+    }
+}
+
+/// What has been added in squares: the first rows, of each the first columns.
+struct Turned {
+    rows: usize,
+    columns: usize,
 }
 
 #[cfg(test)]

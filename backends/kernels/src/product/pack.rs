@@ -19,7 +19,8 @@ pub fn panels<L: Lane>(x: &[f32], depth: usize, lanes: usize) -> Vec<L> {
                 L::join_along(x, row);
             }
             let rows = &rows[..x.len() / depth * joined];
-            for (square, columns) in panel.chunks_mut(lanes * SQUARE).enumerate() {
+            let turned = L::turn_squares(rows, joined, panel, lanes);
+            for (square, columns) in panel.chunks_mut(lanes * SQUARE).enumerate().skip(turned) {
                 let width = columns.len() / lanes;
                 for (lane, row) in rows.chunks(joined).enumerate() {
                     for (column, &value) in columns.chunks_mut(lanes).zip(&row[square * SQUARE..][..width]) {
