@@ -47,6 +47,21 @@ fn open_gpu(
     Err(Error::Unavailable { reason, advice: needed.to_owned() })
 }
 
+/// Lets the C library keep freed memory for the next tensor. By default it gives large pieces back at once, and the
+/// kernel clears them anew each time they are asked for: a fifth of the time of a training step.
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        /// The most that glibc takes.
+        const LARGEST_FROM_THE_HEAP: i32 = 32 << 20;
+        // SAFETY: both only set a number. A library that refuses it costs time, nothing else.
+        unsafe {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, LARGEST_FROM_THE_HEAP);
+            libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        }
+    }
+}
+
 /// What the speed depends on beside the device: the instructions that the kernels use, and features of the
 /// build.
 pub fn features(kind: CandleDevice) -> Vec<String> {
@@ -104,7 +119,8 @@ mod gpu {
         let device = Device::new_cuda(0)?;
         if let Device::Cuda(device) = &device {
             crate::cuda::keep_pool(device);
-            // SAFETY: everything runs on the device's one stream, which needs no events between its calls.
+            // SAFETY: candle works on the stream of the calling thread, and a worker touches tensors on one thread
+            // only: a single stream needs no events between its calls.
             unsafe { device.disable_event_tracking() };
         }
         Ok(device)

@@ -14,12 +14,14 @@ use evalfw_engine::weights::{DenseTensor, Weight, WeightLoader};
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
 use std::sync::Arc;
+use std::time::Instant;
 
 pub struct CandleEngine {
     kind: CandleDevice,
     variant: Variant,
     device: Device,
     form: Form,
+    products: Products,
     /// What the record should say of this device beside the build's features.
     notes: Vec<String>,
 }
@@ -31,7 +33,9 @@ impl CandleEngine {
             Variant::Stock => (Form::Stock, Vec::new()),
             Variant::Tuned | Variant::TunedBf16 => form_that_works(&device).map_err(Error::framework)?,
         };
-        Ok(Self { kind, variant, device, form, notes })
+        // Stock kernels are in f32 whatever was asked for.
+        let products = if form == Form::Stock { Products::F32 } else { variant.products() };
+        Ok(Self { kind, variant, device, form, products, notes })
     }
 }
 
@@ -40,11 +44,12 @@ fn form_that_works(device: &Device) -> candle_core::Result<(Form, Vec<String>)> 
     let form = Form::tuned(device);
     if form != Form::Device {
         // The loops on the CPU are held against candle by tests.
+        device::keep_freed_memory();
         return Ok((form, Vec::new()));
     }
-    match self_check::differing_operation(device)? {
+    match self_check::problem(device)? {
         None => Ok((form, Vec::new())),
-        Some(name) => Ok((Form::Stock, vec![format!("stock kernels: {name} differs on this device")])),
+        Some(problem) => Ok((Form::Stock, vec![format!("stock kernels: {problem}")])),
     }
 }
 
@@ -57,7 +62,7 @@ impl Engine for CandleEngine {
             framework: "candle".to_owned(),
             framework_version: env!("CANDLE_VERSION").to_owned(),
             device: device::info(&self.device),
-            compute_dtype: match self.variant.products() {
+            compute_dtype: match self.products {
                 Products::Bf16 => "bf16 products",
                 Products::F32 => "f32",
             }
@@ -70,7 +75,7 @@ impl Engine for CandleEngine {
 
     fn load(&mut self, loader: WeightLoader<'_>) -> Result<LoadedModel> {
         let tables = Nf4Tables::new(&self.device).map_err(Error::framework)?;
-        let arithmetic = (self.form, self.variant.products());
+        let arithmetic = (self.form, self.products);
         let network = Loading { loader, device: &self.device, arithmetic, tables }.network()?;
         Ok(Box::new(CandleModel::new(network)))
     }
@@ -118,7 +123,9 @@ impl Loading<'_> {
         let bias = projection.bias.map(|bias| self.vector(bias)).transpose()?;
         let matrix = match (self.loader.quantization(), projection.weight) {
             (Quantization::Native, Weight::Dense(tensor)) => {
+                let start = Instant::now();
                 let native = NativeMatrix::new(tensor, self.device).map_err(Error::framework)?;
+                self.loader.quantized_in(start.elapsed());
                 FrozenMatrix::Native(native)
             }
             (_, weight) => self.matrix(weight)?,

@@ -195,25 +195,30 @@ impl Mask {
         mask
     }
 
-    /// `mask ⊙ x` on the device of `x`.
+    /// `mask ⊙ x` on the device of `x`, by candle's operations.
     fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        x * Tensor::from_vec(self.values(x.elem_count()), x.shape(), x.device())?
+    }
+
+    /// The same for what is not traced, by our kernel where there is one.
+    fn apply_untraced(&self, x: &Tensor) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
-        if x.device().is_cuda() && !x.track_op() {
+        if x.device().is_cuda() {
             return crate::cuda::dropout(&x.contiguous()?, &self.key.parameters(self.rate));
         }
-        x * Tensor::from_vec(self.values(x.elem_count()), x.shape(), x.device())?
+        self.apply(x)
     }
 }
 
 /// `mask ⊙ x`, or `x` where nothing is dropped.
-fn apply(mask: Option<&Mask>, x: &Tensor) -> Result<Tensor> {
-    mask.map_or_else(|| Ok(x.clone()), |mask| mask.apply(x))
+fn masked_untraced(mask: Option<&Mask>, x: &Tensor) -> Result<Tensor> {
+    mask.map_or_else(|| Ok(x.clone()), |mask| mask.apply_untraced(x))
 }
 
 impl LoraOp {
     /// With candle's own autograd.
     fn composed(&self, x: &Tensor, a: &Tensor, b: &Tensor, training: bool) -> Result<Tensor> {
-        let masked = apply(self.mask.as_ref(), x)?;
+        let masked = self.mask.as_ref().map_or_else(|| Ok(x.clone()), |mask| mask.apply(x))?;
         let delta = (masked.matmul(&a.t()?)? * self.scale)?.matmul(&b.t()?)?;
         self.frozen.composed(x, training)? + delta
     }
@@ -227,18 +232,18 @@ impl LoraOp {
             }
             None => {
                 let (x, a, b) = (x.detach(), a.detach(), b.detach());
-                let inner = apply(self.mask.as_ref(), &x)?.matmul(&a.t()?)?;
+                let inner = masked_untraced(self.mask.as_ref(), &x)?.matmul(&a.t()?)?;
                 (self.frozen.untraced(&x)? + (inner * self.scale)?.matmul(&b.t()?)?)?
             }
         };
         let Self { frozen, scale, mask, .. } = self;
         by_hand::op3("lora-linear", [x, a, b], result, move |[x, a, b], grad| {
-            let masked = apply(mask.as_ref(), x)?;
+            let masked = masked_untraced(mask.as_ref(), x)?;
             let inner = (masked.matmul(&a.t()?)? * scale)?;
             let of_b = grad.t()?.matmul(&inner)?;
             let of_inner = (grad.matmul(b)? * scale)?;
             let of_a = of_inner.t()?.matmul(&masked)?;
-            let through_a = apply(mask.as_ref(), &of_inner.matmul(a)?)?;
+            let through_a = masked_untraced(mask.as_ref(), &of_inner.matmul(a)?)?;
             Ok([(frozen.matrix.transposed_product(grad)? + through_a)?, of_a, of_b])
         })
     }

@@ -1,8 +1,14 @@
 //! Holds the tuned operations of a GPU against candle's plain ones, on that GPU, before anything relies on them: a
 //! fused kernel may be wrong on one kind of device only.
 
-use crate::ops::{Causal, Form, RopeTables, attention, rms_norm, rope, swiglu};
+use crate::matrix::{FrozenMatrix, Nf4Tables};
+use crate::ops::{Causal, Form, RopeTables, attention, by_hand, rms_norm, rope, swiglu};
+use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
+use evalfw_engine::nf4::Nf4Tensor;
+use evalfw_engine::weights::Weight;
+use evalfw_kernels::Products;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Of the largest value. Both forms compute in f32, and add up in other orders.
 const TOLERANCE: f32 = 1e-4;
@@ -17,8 +23,8 @@ const DIM: usize = 64;
 /// An operation in some form, on its variables.
 type Operation<'a> = Box<dyn Fn(Form) -> Result<Tensor> + 'a>;
 
-/// The first operation whose result or gradients differ between the forms.
-pub fn differing_operation(device: &Device) -> Result<Option<&'static str>> {
+/// What is wrong with the first operation whose result or gradients differ between the forms, or that fails.
+pub fn problem(device: &Device) -> Result<Option<String>> {
     let var = |shape: &[usize], seed| variable(shape, seed, device);
     let x = var(&[POSITIONS, 192], 1)?;
     let weight = var(&[192], 2)?.as_detached_tensor();
@@ -31,27 +37,55 @@ pub fn differing_operation(device: &Device) -> Result<Option<&'static str>> {
         let causal = Causal::new(form, [EXAMPLES, HEADS], 0, POSITIONS, device)?;
         attention(form, &q, &k, &v, &causal)
     };
-    let operations: [(&'static str, &[&Var], Operation<'_>); 4] = [
+    let linear = |form| self::linear(form, &x, device);
+    let one_row = x.as_tensor().narrow(0, 0, 1)?;
+    let operations: [(&'static str, &[&Var], Operation<'_>); 6] = [
+        ("a product with NF4", &[&x], Box::new(linear)),
+        ("a product of one row with NF4", &[], Box::new(|form| nf4(form, device)?.product(&one_row))),
         ("rms-norm", &[&x], Box::new(|form| rms_norm(form, &x, &weight, 1e-6))),
         ("swiglu", &[&gate, &up], Box::new(|form| swiglu(form, &gate, &up))),
         ("rope", &[&q], Box::new(|form| rope(form, &q, &tables))),
         ("attention", &[&q, &k, &v], Box::new(attend)),
     ];
     for (name, vars, operation) in operations {
-        // An operation that fails on this device is none to rely on, either.
-        if !are_alike(vars, &operation).unwrap_or(false) {
-            return Ok(Some(name));
+        // A driver that does not know a kernel may panic as well.
+        match catch_unwind(AssertUnwindSafe(|| are_alike(vars, &operation))) {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) => return Ok(Some(format!("{name} differs on this device"))),
+            Ok(Err(error)) => return Ok(Some(format!("{name} fails on this device: {error}"))),
+            Err(_) => return Ok(Some(format!("{name} panics on this device"))),
         }
     }
     Ok(None)
 }
 
+/// A frozen matrix of 320 rows for `x`.
+fn nf4(form: Form, device: &Device) -> Result<FrozenMatrix> {
+    let values: Vec<f32> = (0..320 * 192).map(|i| (i as f32 * 0.9).sin()).collect();
+    let weight = Weight::Nf4(Nf4Tensor::quantize([320, 192], &values));
+    FrozenMatrix::new(weight, device, &Nf4Tables::new(device)?, (form, Products::F32))
+}
+
+fn linear(form: Form, x: &Tensor, device: &Device) -> Result<Tensor> {
+    let matrix = nf4(form, device)?;
+    match form {
+        Form::Stock => x.matmul(&matrix.decode()?.t()?),
+        Form::Host | Form::Device => {
+            let result = matrix.product(&x.detach())?;
+            by_hand::op1("self-check", x, result, move |_, grad| matrix.transposed_product(grad))
+        }
+    }
+}
+
 fn are_alike(vars: &[&Var], operation: &Operation<'_>) -> Result<bool> {
     let (tuned, stock) = (operation(Form::Device)?, operation(Form::Stock)?);
     let seed = variable(stock.dims(), 11, stock.device())?.as_detached_tensor();
-    let gradients = |result: &Tensor| (result * &seed)?.sum_all()?.backward();
-    let (of_tuned, of_stock) = (gradients(&tuned)?, gradients(&stock)?);
     let mut pairs = vec![(&tuned, &stock)];
+    let gradients = |result: &Tensor| match vars {
+        [] => Ok(GradStore::default()),
+        _ => (result * &seed)?.sum_all()?.backward(),
+    };
+    let (of_tuned, of_stock) = (gradients(&tuned)?, gradients(&stock)?);
     for var in vars {
         match (of_tuned.get(var), of_stock.get(var)) {
             (Some(tuned), Some(stock)) => pairs.push((tuned, stock)),
@@ -82,7 +116,7 @@ mod tests {
 
     #[test]
     fn all_operations_are_alike_on_the_cpu() {
-        assert_eq!(differing_operation(&Device::Cpu).unwrap(), None);
+        assert_eq!(problem(&Device::Cpu).unwrap(), None);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use crate::loss::CrossEntropy;
 use crate::network::{Dropout, Kept, Network, Pass};
 use crate::ops::{Form, with_gradient};
 use crate::optimizer::Optimizer;
+use crate::values::CpuValues;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var, bail};
 use evalfw_engine::batch::Batch;
@@ -12,8 +13,10 @@ use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::{LoraConfig, Target};
 use evalfw_engine::protocol::TrainingConfig;
 use evalfw_engine::{StepInput, StepResult};
+use evalfw_kernels::dot;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt::Debug;
 
 /// What training needs beside the network.
@@ -24,6 +27,7 @@ pub struct Trainer {
 }
 
 /// The gradients of the adapter, summed over micro-batches.
+#[derive(Default)]
 pub struct Gradients(BTreeMap<(usize, Target), LoraGradient>);
 
 /// The gradients of both factors of one projection.
@@ -40,7 +44,7 @@ impl Trainer {
 
     /// The gradients of the mean loss over all micro-batches, before clipping.
     pub fn gradients(&self, network: &Network, input: &StepInput<'_>) -> Result<(StepResult, Gradients)> {
-        let mut gradients = Gradients::zeros(network)?;
+        let mut gradients = Gradients::default();
         let trained_tokens = input.trained_tokens() as f64;
         let kept_bytes = self.config.kept_activation_bytes;
         let mut loss = 0.0;
@@ -59,6 +63,7 @@ impl Trainer {
                 false => step.whole_graph(&mut gradients)?,
             };
         }
+        gradients.complete(network)?;
         let result = StepResult { loss: loss / trained_tokens, grad_norm: gradients.norm()? };
         Ok((result, gradients))
     }
@@ -178,14 +183,15 @@ fn take(store: &mut GradStore, var: &Tensor, what: impl Debug) -> Result<Tensor>
 }
 
 impl Gradients {
-    fn zeros(network: &Network) -> Result<Self> {
-        let mut all = BTreeMap::new();
+    /// Zeros where no micro-batch had a loss.
+    fn complete(&mut self, network: &Network) -> Result<()> {
         for projection in network.projections() {
             let Some(lora) = &projection.lora else { continue };
-            let zeros = LoraGradient { a: lora.a.zeros_like()?, b: lora.b.zeros_like()? };
-            all.insert((projection.layer, projection.target), zeros);
+            if let Entry::Vacant(missing) = self.0.entry((projection.layer, projection.target)) {
+                missing.insert(LoraGradient { a: lora.a.zeros_like()?, b: lora.b.zeros_like()? });
+            }
         }
-        Ok(Self(all))
+        Ok(())
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&(usize, Target), &LoraGradient)> {
@@ -193,23 +199,40 @@ impl Gradients {
     }
 
     fn add(&mut self, place: (usize, Target), lora: &Lora, store: &mut GradStore) -> Result<()> {
-        let Some(sum) = self.0.get_mut(&place) else { bail!("no adapter at {place:?}") };
-        sum.a = (&sum.a + take(store, &lora.a, place)?)?;
-        sum.b = (&sum.b + take(store, &lora.b, place)?)?;
+        let (a, b) = (take(store, &lora.a, place)?, take(store, &lora.b, place)?);
+        match self.0.entry(place) {
+            Entry::Vacant(first) => {
+                first.insert(LoraGradient { a, b });
+            }
+            Entry::Occupied(sum) => {
+                let sum = sum.into_mut();
+                sum.a = (&sum.a + a)?;
+                sum.b = (&sum.b + b)?;
+            }
+        }
         Ok(())
     }
 
     /// L2 norm over all of them.
     fn norm(&self) -> Result<f64> {
+        let mut on_host = 0.0;
         let mut squares = Vec::with_capacity(2 * self.0.len());
         for gradient in self.0.values() {
             for tensor in [&gradient.a, &gradient.b] {
+                if tensor.device().is_cpu() && tensor.is_contiguous() {
+                    let values = CpuValues::new(tensor)?;
+                    on_host += f64::from(dot(values.slice()?, values.slice()?));
+                    continue;
+                }
                 squares.push(tensor.sqr()?.sum_all()?);
             }
         }
+        if squares.is_empty() {
+            return Ok(on_host.sqrt());
+        }
         // One transfer from the device instead of one for each tensor.
         let squares = Tensor::stack(&squares, 0)?.to_vec1::<f32>()?;
-        Ok(squares.into_iter().map(f64::from).sum::<f64>().sqrt())
+        Ok((on_host + squares.into_iter().map(f64::from).sum::<f64>()).sqrt())
     }
 
     /// As `torch.nn.utils.clip_grad_norm_`.

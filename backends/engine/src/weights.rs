@@ -8,7 +8,7 @@ use crate::protocol::{LoadTimes, Quantization};
 use crate::{Error, Result};
 use half::{bf16, f16};
 use rayon::prelude::*;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Elements that are in memory in full precision at a time while a tensor is quantized: 16 MiB.
 const PIECE: usize = 65_536 * BLOCK;
@@ -68,6 +68,11 @@ impl<'a> WeightLoader<'a> {
     /// Where the weights come from.
     pub fn checkpoint(&self) -> &'a Checkpoint {
         self.checkpoint
+    }
+
+    /// Adds the time of an engine that quantizes to a format of its own.
+    pub fn quantized_in(&mut self, time: Duration) {
+        self.times.quantize_seconds += time.as_secs_f64();
     }
 
     /// The form in which projections are handed out.

@@ -66,6 +66,42 @@ fn swiglu_gradients_body(gate: &[f32], up: &[f32], grad: &[f32], out: Gradients<
     }
 }
 
+/// What one step of AdamW needs beside the tensors, with the bias corrections of the step in it.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamW {
+    /// 1 − learning rate · weight decay
+    pub keep: f32,
+    /// Learning rate / (1 − β1ᵗ)
+    pub rate: f32,
+    /// 1 / (1 − β2ᵗ)
+    pub second_correction: f32,
+    pub beta1: f32,
+    pub beta2: f32,
+    pub epsilon: f32,
+}
+
+/// The running means of a gradient and of its square.
+pub struct Moments<'a> {
+    pub first: &'a mut [f32],
+    pub second: &'a mut [f32],
+}
+
+for_this_cpu! {
+    /// One step of AdamW (Loshchilov and Hutter 2019), as PyTorch takes it.
+    pub fn adamw(theta: &mut [f32], moments: Moments<'_>, grad: &[f32], step: AdamW) -> () = adamw_body
+}
+
+#[inline(always)]
+fn adamw_body(theta: &mut [f32], moments: Moments<'_>, grad: &[f32], step: AdamW) {
+    let values = theta.iter_mut().zip(grad);
+    for ((theta, grad), (first, second)) in values.zip(moments.first.iter_mut().zip(moments.second)) {
+        *first = step.beta1 * *first + (1.0 - step.beta1) * grad;
+        *second = step.beta2 * *second + (1.0 - step.beta2) * grad * grad;
+        let spread = (*second * step.second_correction).sqrt() + step.epsilon;
+        *theta = *theta * step.keep - step.rate * *first / spread;
+    }
+}
+
 for_this_cpu! {
     /// Replaces `row` by its exponentials less the maximum and returns (maximum, their sum).
     pub fn exponentials(row: &mut [f32]) -> (f32, f64) = exponentials_body

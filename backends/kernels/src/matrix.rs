@@ -84,6 +84,14 @@ impl HostMatrix {
         out
     }
 
+    /// The elements from `start`, where they are stored in bf16.
+    pub(crate) fn stored_bf16(&self, start: usize, len: usize) -> Option<&[bf16]> {
+        match &self.elements {
+            Elements::Bf16(values) => Some(&values[start..start + len]),
+            _ => None,
+        }
+    }
+
     /// Widens the elements from `start` in the order of their storage.
     pub(crate) fn widen(&self, start: usize, out: &mut [f32]) {
         let range = start..start + out.len();

@@ -45,7 +45,7 @@ __device__ __forceinline__ void store(float *out, const float (&values)[VALUES])
 }
 
 __device__ __forceinline__ void store(__nv_bfloat16 *out, const float (&values)[VALUES]) {
-    __nv_bfloat162 pairs[8];
+    alignas(16) __nv_bfloat162 pairs[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);

@@ -2,7 +2,8 @@
 //! f32, and operations that would otherwise be many small launches.
 //!
 //! All functions take contiguous tensors on one CUDA device and return new ones; nothing here is traced. candle
-//! works on a single stream, so that the order of calls is the order on the device.
+//! works on the stream of the calling thread; a worker serves its calls, and touches tensors, on one thread only, so that
+//! the order of calls is the order on the device.
 
 mod adamw;
 mod launch;

@@ -13,6 +13,8 @@ pub struct DeviceMatrix {
     shape: [usize; 2],
     elements: Elements,
     products: Products,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "there are kernels on CUDA only"))]
+    decoding: Decoding,
 }
 
 #[derive(Clone)]
@@ -42,7 +44,7 @@ impl DeviceMatrix {
             }
             Weight::Nf4(tensor) => Elements::Nf4(Nf4::new(tensor, device, tables, decoding)?),
         };
-        Ok(Self { shape, elements, products })
+        Ok(Self { shape, elements, products, decoding })
     }
 
     pub fn shape(&self) -> [usize; 2] {
@@ -139,7 +141,8 @@ impl DeviceMatrix {
             Elements::Nf4(nf4) => nf4.matvec(x),
             #[cfg(feature = "cuda")]
             Elements::Dense(weight)
-                if weight.device().is_cuda()
+                if self.decoding == Decoding::Kernel
+                    && weight.device().is_cuda()
                     && weight.dtype() == DType::BF16
                     && x.dim(0)? == 1
                     && crate::cuda::has_bf16_matvec(self.shape[1]) =>

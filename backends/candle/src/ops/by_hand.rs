@@ -9,13 +9,15 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape, Storage,
     Tensor, bail,
 };
+use std::sync::Mutex;
 
 /// The gradient with respect to each of `N` arguments, from the arguments and the gradient of the result.
 type Backward<const N: usize> = Box<dyn Fn([&Tensor; N], &Tensor) -> Result<[Tensor; N]> + Send + Sync>;
 
 struct ByHand<const N: usize> {
     name: &'static str,
-    result: Tensor,
+    /// Taken when the operation runs, so that the graph does not hold it a second time.
+    result: Mutex<Option<Tensor>>,
     backward: Backward<N>,
 }
 
@@ -29,7 +31,7 @@ pub fn op1(
     match x.track_op() {
         true => {
             let backward: Backward<1> = Box::new(move |[x], grad| Ok([backward(x, grad)?]));
-            x.apply_op1(ByHand { name, result: own(result)?, backward })
+            x.apply_op1(ByHand { name, result: Mutex::new(Some(own(result)?)), backward })
         }
         false => Ok(result),
     }
@@ -43,7 +45,10 @@ pub fn op2(
     backward: impl Fn([&Tensor; 2], &Tensor) -> Result<[Tensor; 2]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     match a.track_op() || b.track_op() {
-        true => a.apply_op2(b, ByHand { name, result: own(result)?, backward: Box::new(backward) }),
+        true => a.apply_op2(
+            b,
+            ByHand { name, result: Mutex::new(Some(own(result)?)), backward: Box::new(backward) },
+        ),
         false => Ok(result),
     }
 }
@@ -56,12 +61,16 @@ pub fn op3(
     backward: impl Fn([&Tensor; 3], &Tensor) -> Result<[Tensor; 3]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     match a.track_op() || b.track_op() || c.track_op() {
-        true => a.apply_op3(b, c, ByHand { name, result: own(result)?, backward: Box::new(backward) }),
+        true => a.apply_op3(
+            b,
+            c,
+            ByHand { name, result: Mutex::new(Some(own(result)?)), backward: Box::new(backward) },
+        ),
         false => Ok(result),
     }
 }
 
-/// A tensor whose storage holds its elements in order and nothing else, as a copy of storages needs it.
+/// A tensor whose storage begins with its elements in order, as a copy of the storage needs it.
 fn own(result: Tensor) -> Result<Tensor> {
     let result = result.detach();
     let whole = {
@@ -73,7 +82,10 @@ fn own(result: Tensor) -> Result<Tensor> {
 
 impl<const N: usize> ByHand<N> {
     fn copy<S: BackendStorage>(&self, of: fn(&Storage) -> Option<&S>) -> Result<(S, Shape)> {
-        let (storage, layout) = self.result.storage_and_layout();
+        let Some(result) = self.result.lock().ok().and_then(|mut result| result.take()) else {
+            bail!("{} runs once only", self.name)
+        };
+        let (storage, layout) = result.storage_and_layout();
         match of(&storage) {
             Some(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
             None => bail!("the result of {} is on another device", self.name),

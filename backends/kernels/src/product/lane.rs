@@ -5,6 +5,8 @@ use crate::level::{Level, level};
 #[cfg(target_arch = "x86_64")]
 use crate::transpose::{SIDE, copy_transposed};
 
+use half::bf16;
+
 /// One f32, or the bf16 of two neighbouring depths.
 pub trait Lane: Copy + Default + Send + Sync + 'static {
     /// Depths in a lane.
@@ -15,6 +17,16 @@ pub trait Lane: Copy + Default + Send + Sync + 'static {
 
     /// Joins the values of neighbouring depths; `second` may be missing, and is zero then.
     fn join(first: &[f32], second: Option<&[f32]>, lanes: &mut [Self]);
+
+    /// Joins values that are stored in bf16 and lie along the depth, if lanes hold just that.
+    fn copy_along(_values: &[bf16], _lanes: &mut [Self]) -> bool {
+        false
+    }
+
+    /// Joins the values of two neighbouring depths that are stored in bf16, if lanes hold just that.
+    fn join_stored(_first: &[bf16], _second: &[bf16], _lanes: &mut [Self]) -> bool {
+        false
+    }
 
     /// Turns rows of `width` into a panel of `lanes` rows, a square after the other, where the CPU does so in
     /// registers and the panel is full. Returns how many squares of the depth are done.
@@ -87,6 +99,24 @@ impl Lane for Pair {
         for (lane, pair) in lanes[whole / 2..].iter_mut().zip(values[whole..].chunks(2)) {
             *lane = Self::new(pair[0], pair.get(1).copied().unwrap_or(0.0));
         }
+    }
+
+    fn copy_along(values: &[bf16], lanes: &mut [Self]) -> bool {
+        let (pairs, rest) = values.as_chunks::<2>();
+        for (lane, [first, second]) in lanes.iter_mut().zip(pairs) {
+            *lane = Self(u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16);
+        }
+        if let ([last], Some(lane)) = (rest, lanes.get_mut(pairs.len())) {
+            *lane = Self(u32::from(last.to_bits()));
+        }
+        true
+    }
+
+    fn join_stored(first: &[bf16], second: &[bf16], lanes: &mut [Self]) -> bool {
+        for (lane, (first, second)) in lanes.iter_mut().zip(first.iter().zip(second)) {
+            *lane = Self(u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16);
+        }
+        true
     }
 
     fn join(first: &[f32], second: Option<&[f32]>, lanes: &mut [Self]) {

@@ -135,6 +135,14 @@ impl<L: Lane> Scratch<L> {
                 matrix.widen(row * in_features + columns.start, wide);
             };
             for (row, lanes) in depth.clone().step_by(L::DEPTHS).zip(self.tile.chunks_mut(COLUMNS)) {
+                let stored =
+                    |row: usize| matrix.stored_bf16(row * in_features + columns.start, columns.len());
+                if row + 1 < depth.end
+                    && let (Some(first), Some(second)) = (stored(row), stored(row + 1))
+                    && L::join_stored(first, second, &mut lanes[..columns.len()])
+                {
+                    continue;
+                }
                 widen(row, first);
                 let has_second = L::DEPTHS == 2 && row + 1 < depth.end;
                 if has_second {
@@ -145,6 +153,10 @@ impl<L: Lane> Scratch<L> {
         } else {
             first.resize(depth.len(), 0.0);
             for (row, lanes) in columns.zip(self.tile.chunks_mut(COLUMN_STRIDE)) {
+                let stored = matrix.stored_bf16(row * in_features + depth.start, depth.len());
+                if stored.is_some_and(|stored| L::copy_along(stored, lanes)) {
+                    continue;
+                }
                 matrix.widen(row * in_features + depth.start, first);
                 L::join_along(first, &mut lanes[..depth.len().div_ceil(L::DEPTHS)]);
             }
@@ -225,7 +237,8 @@ mod tests {
     use super::*;
     use crate::level::has_bf16_products;
     use evalfw_engine::nf4::Nf4Tensor;
-    use evalfw_engine::weights::Weight;
+    use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
+    use half::bf16;
     use proptest::prelude::*;
 
     fn values(len: usize, frequency: f32) -> Vec<f32> {
@@ -256,9 +269,19 @@ mod tests {
     }
 
     fn check<K: Kernel>(shape: [usize; 2], rows: usize, tolerance: f64) {
+        let numbers = values(shape[0] * shape[1], 0.9);
+        let stored = DenseData::Bf16(numbers.iter().map(|&v| bf16::from_f32(v)).collect());
+        for weight in [
+            Weight::Nf4(Nf4Tensor::quantize(shape, &numbers)),
+            Weight::Dense(DenseTensor { shape, data: stored }),
+        ] {
+            check_weight::<K>(weight, shape, rows, tolerance);
+        }
+    }
+
+    fn check_weight<K: Kernel>(weight: Weight, shape: [usize; 2], rows: usize, tolerance: f64) {
         let [out_features, in_features] = shape;
-        let tensor = Nf4Tensor::quantize(shape, &values(shape[0] * shape[1], 0.9));
-        let matrix = HostMatrix::new(Weight::Nf4(tensor), Products::F32);
+        let matrix = HostMatrix::new(weight, Products::F32);
         let mut weights = vec![0.0; out_features * in_features];
         matrix.widen(0, &mut weights);
         let x = values(rows * in_features, 0.37);
