@@ -5,6 +5,7 @@ use crate::device;
 use crate::linear::Lora;
 use crate::loss::CrossEntropy;
 use crate::network::Network;
+use crate::ops::Form;
 use crate::training::{Gradients, Trainer};
 use candle_core::{Tensor, Var};
 use evalfw_engine::batch::Batch;
@@ -90,6 +91,15 @@ impl CandleModel {
     }
 }
 
+/// Runs on one of rayon's threads what consists of many short parallel loops: from outside, each of them would put its
+/// caller to sleep and wake it again. A GPU's stream belongs to the calling thread.
+fn among_workers<R: Send>(form: Form, run: impl FnOnce() -> R + Send) -> R {
+    match form {
+        Form::Host => rayon::scope(|_| run()),
+        Form::Device | Form::Stock => run(),
+    }
+}
+
 fn no_adapter() -> Error {
     Error::protocol("no adapter is attached")
 }
@@ -112,19 +122,22 @@ impl Model for CandleModel {
 
     fn train_step(&mut self, input: &StepInput<'_>) -> Result<StepResult> {
         let trainer = self.trainer.as_mut().ok_or_else(no_adapter)?;
-        trainer.step(&self.network, input).map_err(Error::framework)
+        let network = &self.network;
+        among_workers(network.form, || trainer.step(network, input)).map_err(Error::framework)
     }
 
     fn gradients(&mut self, input: &StepInput<'_>) -> Result<(StepResult, AdapterTensors)> {
+        let (trainer, network) = (self.trainer()?, &self.network);
         let (result, gradients) =
-            self.trainer()?.gradients(&self.network, input).map_err(Error::framework)?;
+            among_workers(network.form, || trainer.gradients(network, input)).map_err(Error::framework)?;
         Ok((result, host_gradients(&gradients).map_err(Error::framework)?))
     }
 
     fn evaluate(&mut self, batches: &[Batch]) -> Result<Evaluation> {
         let mut sum = Evaluation::default();
         for batch in batches {
-            let part = self.batch_loss(batch).map_err(Error::framework)?;
+            let part =
+                among_workers(self.network.form, || self.batch_loss(batch)).map_err(Error::framework)?;
             sum.loss_sum += part.loss_sum;
             sum.tokens += part.tokens;
         }
@@ -136,18 +149,18 @@ impl Model for CandleModel {
             return Err(Error::protocol("no tokens"));
         }
         self.sequence = Sequence::new(self.network.blocks.len());
-        self.continue_sequence(tokens).map_err(Error::framework)
+        among_workers(self.network.form, || self.continue_sequence(tokens)).map_err(Error::framework)
     }
 
     fn decode(&mut self, token: u32) -> Result<u32> {
         if self.sequence.position == 0 {
             return Err(Error::protocol("decode continues a prefill, and there was none"));
         }
-        self.continue_sequence(&[token]).map_err(Error::framework)
+        among_workers(self.network.form, || self.continue_sequence(&[token])).map_err(Error::framework)
     }
 
     fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
-        self.all_logits(tokens).map_err(Error::framework)
+        among_workers(self.network.form, || self.all_logits(tokens)).map_err(Error::framework)
     }
 
     fn adapter(&mut self) -> Result<AdapterTensors> {
