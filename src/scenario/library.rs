@@ -32,6 +32,7 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("suites/quick.toml", include_str!("../../scenarios/suites/quick.toml")),
     ("suites/default.toml", include_str!("../../scenarios/suites/default.toml")),
     ("suites/gpu.toml", include_str!("../../scenarios/suites/gpu.toml")),
+    ("suites/long.toml", include_str!("../../scenarios/suites/long.toml")),
     ("suites/full.toml", include_str!("../../scenarios/suites/full.toml")),
     ("suites/large.toml", include_str!("../../scenarios/suites/large.toml")),
 ];
@@ -296,7 +297,7 @@ mod tests {
     #[test]
     fn an_unknown_suite_or_scenario_lists_what_there_is() {
         let library = Library::built_in();
-        assert!(error(&library, "quik").contains("default, full, gpu, large, quick"));
+        assert!(error(&library, "quik").contains("default, full, gpu, large, long, quick"));
         let message = format!("{:#}", library.suite("quick", Some(&["trian".into()])).unwrap_err());
         assert!(message.contains("trian") && message.contains("infer, load, quality, train"), "{message}");
     }
