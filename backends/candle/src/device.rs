@@ -54,8 +54,10 @@ pub fn keep_freed_memory() {
     {
         /// The most that glibc takes.
         const LARGEST_FROM_THE_HEAP: i32 = 32 << 20;
-        // SAFETY: both only set a number. A library that refuses it costs time, nothing else.
+        // SAFETY: these only set a number. A library that refuses it costs time, nothing else.
         unsafe {
+            // One heap for all threads: memory that is kept by one would be of no use to the others.
+            libc::mallopt(libc::M_ARENA_MAX, 1);
             libc::mallopt(libc::M_MMAP_THRESHOLD, LARGEST_FROM_THE_HEAP);
             libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         }

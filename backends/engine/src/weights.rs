@@ -195,7 +195,7 @@ where
     let mut values = Vec::with_capacity(reader.remaining());
     while reader.remaining() > 0 {
         let bytes = reader.read_bytes(PIECE.min(reader.remaining()))?;
-        values.extend(bytes.as_chunks::<N>().0.iter().map(|b| parse(*b)));
+        values.par_extend(bytes.as_chunks::<N>().0.par_iter().map(|b| parse(*b)));
     }
     if values.par_iter().any(|v| !finite(*v)) {
         return Err(not_finite(name, reader));
