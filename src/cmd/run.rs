@@ -288,6 +288,10 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
     }
     let mut unavailable = Vec::new();
     for (engine, reason) in missing {
+        // The tuned form says already why the device cannot be used.
+        if !settings.engines_named && engines::stock_form(&engine) == Some(engine.as_str()) {
+            continue;
+        }
         // Its rows stand beside those of the engines that ran.
         let model = engines[0].1;
         let once = interleaved(suite, &settings.engines, &[(engine, model)], &own_models)
