@@ -89,6 +89,18 @@ mod avx512 {
         /// # Safety
         /// As of [`table`](Self::table).
         unsafe fn multiply(codes: __m512i, table: Self::Table, x: &Self::Chunk) -> __m512;
+
+        /// [`add_rows`], compiled for the instructions of the factors.
+        ///
+        /// # Safety
+        /// As of [`table`](Self::table).
+        unsafe fn add_rows(rows: Rows<'_>, x: &[Self::Chunk], scales: &mut Vec<f32>, out: &mut [f32]);
+    }
+
+    /// Some rows of a matrix.
+    pub struct Rows<'a> {
+        tensor: &'a Nf4Tensor,
+        first: usize,
     }
 
     /// In f32, eight look-ups for a register of codes.
@@ -130,6 +142,15 @@ mod avx512 {
                 _mm512_add_ps(even, odd)
             }
         }
+
+        unsafe fn add_rows(rows: Rows<'_>, x: &[Self::Chunk], scales: &mut Vec<f32>, out: &mut [f32]) {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+            fn run(rows: Rows<'_>, x: &[<Single as Factors>::Chunk], scales: &mut Vec<f32>, out: &mut [f32]) {
+                // SAFETY: the instructions are there, also below.
+                unsafe { add_rows::<Single>(rows, x, scales, out) };
+            }
+            unsafe { run(rows, x, scales, out) };
+        }
     }
 
     /// In bf16, summed in f32: four look-ups, of two weights in each lane.
@@ -169,6 +190,15 @@ mod avx512 {
                 _mm512_add_ps(even, odd)
             }
         }
+
+        unsafe fn add_rows(rows: Rows<'_>, x: &[Self::Chunk], scales: &mut Vec<f32>, out: &mut [f32]) {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+            fn run(rows: Rows<'_>, x: &[<Pairs as Factors>::Chunk], scales: &mut Vec<f32>, out: &mut [f32]) {
+                // SAFETY: the instructions are there, also below.
+                unsafe { add_rows::<Pairs>(rows, x, scales, out) };
+            }
+            unsafe { run(rows, x, scales, out) };
+        }
     }
 
     /// `out += W · x` on all threads, for rows that are whole chunks.
@@ -177,55 +207,74 @@ mod avx512 {
         let chunks: Vec<F::Chunk> = x.as_chunks::<CHUNK>().0.iter().map(F::chunk).collect();
         out.par_chunks_mut(ROWS).enumerate().for_each_init(Vec::new, |scales, (i, out)| {
             // SAFETY: whoever chose the factors has seen that the CPU has their instructions.
-            unsafe { add_rows::<F>(tensor, i * ROWS, &chunks, scales, out) };
+            unsafe { F::add_rows(Rows { tensor, first: i * ROWS }, &chunks, scales, out) };
         });
     }
 
-    /// The rows from `first_row`; `scales` is memory to work in.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn add_rows<F: Factors>(
-        tensor: &Nf4Tensor,
-        first_row: usize,
+    /// `out` has an element for each of the rows; `scales` is memory to work in.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of the factors, and the caller is compiled for them.
+    #[inline(always)]
+    unsafe fn add_rows<F: Factors>(
+        Rows { tensor, first }: Rows<'_>,
         x: &[F::Chunk],
         scales: &mut Vec<f32>,
         out: &mut [f32],
     ) {
         let (blocks, bytes) = (2 * x.len(), CHUNK / 2 * x.len());
         scales.resize(out.len() * blocks, 0.0);
-        absmax(&tensor.scales, first_row * blocks, scales);
-        let codes = &tensor.codes[first_row * bytes..][..out.len() * bytes];
-        // SAFETY: by the contract of the factors.
+        // SAFETY: the instructions are there, also below.
+        unsafe { absmax(&tensor.scales, first * blocks, scales) };
+        let codes = &tensor.codes[first * bytes..][..out.len() * bytes];
         let table = unsafe { F::table() };
-        let rows = codes.chunks_exact(bytes).zip(scales.chunks_exact(blocks));
-        let mut rows = rows.map(|(codes, scales)| {
+        let (whole, rest) = out.as_chunks_mut::<SIDE>();
+        let first_of_rest = whole.len() * SIDE;
+        for (group, out) in whole.iter_mut().enumerate() {
+            // The sums of 16 rows are added up side by side.
+            unsafe {
+                let mut sums = [_mm512_setzero_ps(); SIDE];
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    let row = group * SIDE + i;
+                    let (codes, scales) = (&codes[row * bytes..][..bytes], &scales[row * blocks..][..blocks]);
+                    *sum = sum_of_row::<F>(codes, scales, table, x);
+                }
+                let mut total = _mm512_loadu_ps(out.as_ptr());
+                for sum in transpose(sums) {
+                    total = _mm512_add_ps(total, sum);
+                }
+                _mm512_storeu_ps(out.as_mut_ptr(), total);
+            }
+        }
+        for (row, out) in (first_of_rest..).zip(rest) {
+            let (codes, scales) = (&codes[row * bytes..][..bytes], &scales[row * blocks..][..blocks]);
+            unsafe { *out += _mm512_reduce_add_ps(sum_of_row::<F>(codes, scales, table, x)) };
+        }
+    }
+
+    /// One row, not yet added up over the lanes.
+    ///
+    /// # Safety
+    /// As of [`add_rows`].
+    #[inline(always)]
+    unsafe fn sum_of_row<F: Factors>(
+        codes: &[u8],
+        scales: &[f32],
+        table: F::Table,
+        x: &[F::Chunk],
+    ) -> __m512 {
+        let chunks = codes.as_chunks::<{ CHUNK / 2 }>().0.iter().zip(scales.as_chunks::<2>().0).zip(x);
+        // SAFETY: `codes` has 64 bytes; the instructions are there. What is fetched ahead need not be.
+        unsafe {
             let mut sums = [_mm512_setzero_ps(); 2];
-            let chunks = codes.as_chunks::<{ CHUNK / 2 }>().0.iter().zip(scales.as_chunks::<2>().0).zip(x);
             for (i, ((codes, scales), x)) in chunks.enumerate() {
-                // SAFETY: `codes` has 64 bytes; the instructions are there. What is fetched ahead need not be.
-                let products = unsafe {
-                    _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
-                    F::multiply(_mm512_loadu_si512(codes.as_ptr().cast()), table, x)
-                };
+                _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
+                let products = F::multiply(_mm512_loadu_si512(codes.as_ptr().cast()), table, x);
                 let scale =
                     _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]));
                 sums[i % 2] = _mm512_fmadd_ps(products, scale, sums[i % 2]);
             }
             _mm512_add_ps(sums[0], sums[1])
-        });
-        let (whole, rest) = out.as_chunks_mut::<SIDE>();
-        for out in whole {
-            // The sums of 16 rows are added up side by side.
-            let sums = std::array::from_fn(|_| rows.next().unwrap_or_else(|| _mm512_setzero_ps()));
-            let total = transpose(sums).into_iter().reduce(|a, b| _mm512_add_ps(a, b));
-            let total = total.unwrap_or_else(|| _mm512_setzero_ps());
-            // SAFETY: `out` has 16 elements.
-            unsafe {
-                let sum = _mm512_add_ps(_mm512_loadu_ps(out.as_ptr()), total);
-                _mm512_storeu_ps(out.as_mut_ptr(), sum);
-            }
-        }
-        for (out, sum) in rest.iter_mut().zip(rows) {
-            *out += _mm512_reduce_add_ps(sum);
         }
     }
 }
