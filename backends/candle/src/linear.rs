@@ -111,11 +111,7 @@ impl Frozen {
 
     /// On whatever device the matrix is.
     fn untraced(&self, x: &Tensor) -> Result<Tensor> {
-        let product = self.matrix.product(x)?;
-        match &self.bias {
-            Some(bias) => product.broadcast_add(bias),
-            None => Ok(product),
-        }
+        self.add_bias(self.matrix.product(x)?)
     }
 
     /// As with a plain matrix: where candle traces, it also computes the gradient of the weight. Its own quantized
@@ -125,6 +121,10 @@ impl Frozen {
             FrozenMatrix::Native(matrix) if !training => matrix.product(x)?,
             matrix => x.matmul(&matrix.decode()?.t()?)?,
         };
+        self.add_bias(product)
+    }
+
+    fn add_bias(&self, product: Tensor) -> Result<Tensor> {
         match &self.bias {
             Some(bias) => product.broadcast_add(bias),
             None => Ok(product),
