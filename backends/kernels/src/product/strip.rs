@@ -63,8 +63,9 @@ unsafe fn strip<V: Vector, const VECTORS: usize, const N: usize, const TRANSPOSE
             x = x.add(lanes);
             w = w.add(deeper);
         }
-        for (n, totals) in totals.into_iter().enumerate() {
-            for (v, total) in totals.into_iter().enumerate() {
+        // By reference: an iterator that owns the array would take it out of the registers.
+        for (n, totals) in totals.iter().enumerate() {
+            for (v, total) in totals.iter().enumerate() {
                 total.store(out.add(n * lanes + v * V::WIDTH));
             }
         }
