@@ -100,7 +100,7 @@ fn multiply_tile<K: Kernel, const TRANSPOSED: bool>(
 
 /// So many that every thread gets several tasks, and that the tile stays in the cache.
 fn columns_of_a_task(width: usize, unit: usize) -> usize {
-    let tasks = 4 * rayon::current_num_threads();
+    let tasks = 8 * rayon::current_num_threads();
     width.div_ceil(tasks).next_multiple_of(unit).min(COLUMNS / unit * unit)
 }
 
