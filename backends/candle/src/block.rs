@@ -1,5 +1,6 @@
 //! One transformer block of Qwen2.
 
+use crate::kept::Part;
 use crate::linear::Linear;
 use crate::network::Pass;
 use crate::ops::{add, attention, rms_norm, rope, swiglu};
@@ -57,7 +58,8 @@ impl Block {
             Some(cache) => cache.append(&k, &v)?,
             None => (k, v),
         };
-        let attended = attention(form, &q, &k, &v, &pass.causal)?;
+        let attended = attention(form, [&q, &k, &v], &pass.causal, pass.kept.known(Part::Attention))?;
+        pass.kept.keep(Part::Attention, &attended)?;
         let attended = attended.reshape((pass.rows(), config.num_attention_heads * config.head_dim))?;
         let x = add(form, x, &self.project(Target::O, &attended, pass)?)?;
 

@@ -101,8 +101,8 @@ impl Loading<'_> {
             Some(head) => Arc::new(self.dense(head)?),
             None => embedding.clone(),
         };
-        let (device, (form, _)) = (self.device.clone(), self.arithmetic);
-        Ok(Network { config, device, form, embedding, blocks, final_norm, head })
+        let (device, (form, products)) = (self.device.clone(), self.arithmetic);
+        Ok(Network { config, device, form, products, embedding, blocks, final_norm, head })
     }
 
     fn block(&mut self, layer: usize) -> Result<Block> {

@@ -4,6 +4,7 @@
 //! - [`ops`]: the operations of a block, each with a true backward, over the loops in [`kernels`] and `evalfw-kernels`
 //! - `cuda`: kernels of our own for NVIDIA GPUs
 //! - [`linear`], [`block`], [`network`]: the model from the inside out
+//! - [`kept`]: what of a block's forward is there for its backward
 //! - [`loss`], [`training`], [`optimizer`]: gradients and the optimizer step
 //! - [`engine`], [`model`], [`device`], [`self_check`]: the contract with evalfw
 
@@ -12,6 +13,7 @@ mod block;
 mod cuda;
 mod device;
 mod engine;
+mod kept;
 mod kernels;
 mod linear;
 mod loss;

@@ -1,9 +1,10 @@
 //! A frozen linear layer with a LoRA adapter beside it.
 
+use crate::kept::{Known, Part};
 use crate::kernels::PIECE;
 use crate::kernels::product::{Threads, View, ViewMut, add_product};
 use crate::matrix::FrozenMatrix;
-use crate::network::{Kept, Pass};
+use crate::network::Pass;
 use crate::ops::{Form, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Device, Layout, Result, Shape, Tensor, Var, bail};
@@ -38,18 +39,8 @@ impl Linear {
     /// `x Wᵀ + b + scale · (mask ⊙ x) Aᵀ Bᵀ` for `x` `[rows, in_features]`.
     pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let result = self.project(x, pass)?;
-        if let Kept::Keep(kept) = pass.kept
-            && self.is_needed_again()
-        {
-            kept.borrow_mut().insert(self.target, result.detach());
-        }
+        pass.kept.keep(Part::Projection(self.target), &result)?;
         Ok(result)
-    }
-
-    /// Whether a block's backward needs the result: that of the last projection is only added to the
-    /// residual.
-    fn is_needed_again(&self) -> bool {
-        self.target != Target::Down
     }
 
     fn project(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
@@ -65,13 +56,7 @@ impl Linear {
             mask: pass
                 .dropout
                 .map(|dropout| Mask { key: dropout.key(self.layer, self.target), rate: dropout.rate }),
-            known: match pass.kept {
-                Kept::Again(kept) if self.is_needed_again() => {
-                    kept.borrow_mut().remove(&self.target).map(Known::Result)
-                }
-                Kept::Again(_) => Some(Known::NotNeeded),
-                Kept::No | Kept::Keep(_) => None,
-            },
+            known: pass.kept.known(Part::Projection(self.target)),
         };
         match pass.form {
             Form::Host => match self.frozen.matrix {
@@ -174,12 +159,6 @@ struct LoraOp {
     known: Option<Known>,
 }
 
-enum Known {
-    Result(Tensor),
-    /// Only the gradients are wanted.
-    NotNeeded,
-}
-
 #[derive(Clone, Copy)]
 struct Mask {
     key: MaskKey,
@@ -226,9 +205,8 @@ impl LoraOp {
     /// By candle's operations on any device, with a backward that keeps nothing but the arguments.
     fn on_device(self, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let result = match &self.known {
-            Some(Known::Result(result)) => result.clone(),
-            Some(Known::NotNeeded) => {
-                Tensor::zeros((x.dim(0)?, self.frozen.matrix.shape()[0]), x.dtype(), x.device())?
+            Some(known) => {
+                known.on_device(&Shape::from((x.dim(0)?, self.frozen.matrix.shape()[0])), x.device())?
             }
             None => {
                 let (x, a, b) = (x.detach(), a.detach(), b.detach());
@@ -286,13 +264,8 @@ impl CustomOp3 for LoraOp {
     ) -> Result<(CpuStorage, Shape)> {
         let (rows, in_features) = x_layout.shape().dims2()?;
         let (out_features, r) = b_layout.shape().dims2()?;
-        let known = match &self.known {
-            Some(Known::Result(result)) => Some(CpuValues::new(result)?.slice()?.to_vec()),
-            Some(Known::NotNeeded) => Some(vec![0.0; rows * out_features]),
-            None => None,
-        };
-        if let Some(known) = known {
-            return Ok((CpuStorage::F32(known), Shape::from((rows, out_features))));
+        if let Some(known) = &self.known {
+            return Ok((known.on_host(rows * out_features)?, Shape::from((rows, out_features))));
         }
         let (x, a, b) = (stored(x, x_layout)?, stored(a, a_layout)?, stored(b, b_layout)?);
         let mut out = self.frozen.forward_on_host(x)?;

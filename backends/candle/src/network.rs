@@ -2,6 +2,7 @@
 //! they need not exist for all positions.
 
 use crate::block::{Block, BlockCache};
+use crate::kept::Kept;
 use crate::linear::Linear;
 use crate::matrix::FrozenMatrix;
 use crate::ops::{Causal, Form, RopeTables, rms_norm};
@@ -9,14 +10,14 @@ use candle_core::{Device, Result, Tensor};
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::dropout::MaskKey;
 use evalfw_engine::lora::Target;
-use std::cell::RefCell;
-use std::collections::BTreeMap;
+use evalfw_kernels::Products;
 use std::sync::Arc;
 
 pub struct Network {
     pub config: ModelConfig,
     pub device: Device,
     pub form: Form,
+    pub products: Products,
     /// `[vocab_size, hidden_size]`
     pub embedding: Arc<FrozenMatrix>,
     pub blocks: Vec<Block>,
@@ -42,21 +43,6 @@ pub struct Pass<'a> {
     pub dropout: Option<Dropout>,
     pub kept: Kept<'a>,
 }
-
-/// What becomes of the results of a block's projections.
-#[derive(Clone, Copy)]
-pub enum Kept<'a> {
-    /// They are computed and used.
-    No,
-    /// They are computed, and kept for when the block is computed again.
-    Keep(&'a RefCell<Projected>),
-    /// The block is computed again for its backward: what was kept is used, and what nothing but the
-    /// block's own result needs is left out.
-    Again(&'a RefCell<Projected>),
-}
-
-/// The kept results of one block's projections.
-pub type Projected = BTreeMap<Target, Tensor>;
 
 /// Which dropout masks a training pass uses.
 #[derive(Debug, Clone, Copy)]

@@ -35,7 +35,7 @@ pub fn problem(device: &Device) -> Result<Option<String>> {
     let tables = RopeTables::new(1e6, DIM, 5, POSITIONS, device)?;
     let attend = |form| {
         let causal = Causal::new(form, [EXAMPLES, HEADS], 0, POSITIONS, device)?;
-        attention(form, &q, &k, &v, &causal)
+        attention(form, [&q, &k, &v], &causal, None)
     };
     let linear = |form| self::linear(form, &x, device);
     let one_row = x.as_tensor().narrow(0, 0, 1)?;

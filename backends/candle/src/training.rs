@@ -1,20 +1,19 @@
 //! The gradients of one optimizer step, and the step.
 
+use crate::kept::{Kept, Results};
 use crate::linear::Lora;
 use crate::loss::CrossEntropy;
-use crate::network::{Dropout, Kept, Network, Pass};
+use crate::network::{Dropout, Network, Pass};
 use crate::ops::{Form, with_gradient};
 use crate::optimizer::Optimizer;
 use crate::values::CpuValues;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var, bail};
 use evalfw_engine::batch::Batch;
-use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::{LoraConfig, Target};
 use evalfw_engine::protocol::TrainingConfig;
 use evalfw_engine::{StepInput, StepResult};
 use evalfw_kernels::dot;
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt::Debug;
@@ -85,12 +84,12 @@ struct MicroBatch<'a> {
     batch: &'a Batch,
     /// Factor of the summed loss.
     weight: f64,
-    /// Memory for the results of projections.
+    /// Memory for the results of a block's large operations.
     kept_bytes: u64,
 }
 
 impl MicroBatch<'_> {
-    /// Keeps the input of each block, and the results of projections as far as the memory allows, and
+    /// Keeps the input of each block, and the results of its large operations as far as the memory allows, and
     /// computes the rest of a block again when its gradient is due. Returns the summed loss.
     fn checkpointed(&self, gradients: &mut Gradients) -> Result<f64> {
         let network = self.network;
@@ -101,12 +100,12 @@ impl MicroBatch<'_> {
         // As many of the first blocks as fit.
         let blocks_kept = match network.form {
             Form::Host | Form::Device => {
-                self.kept_bytes / kept_bytes_of_a_block(&network.config, self.pass.rows())
+                self.kept_bytes / Results::bytes(network.products, &network.config, self.pass.rows())
             }
             Form::Stock => 0,
         };
         for (index, block) in (0..).zip(&network.blocks) {
-            let kept = RefCell::default();
+            let kept = Results::new(network.products);
             let pass = untraced.keeping(if index < blocks_kept { Kept::Keep(&kept) } else { Kept::No });
             let out = block.forward(&x, &pass, None)?;
             inputs.push((x, kept));
@@ -164,13 +163,6 @@ impl MicroBatch<'_> {
         let (loss, of_hidden) = cross_entropy.sum_and_gradient(&hidden.detach(), &tokens, self.weight)?;
         Ok(Some((loss, with_gradient(self.network.form, &hidden, of_hidden)?)))
     }
-}
-
-/// Memory for what a block's backward needs of its projections.
-fn kept_bytes_of_a_block(config: &ModelConfig, rows: usize) -> u64 {
-    let needed = Target::ALL.iter().filter(|&&target| target != Target::Down);
-    let width: usize = needed.map(|&target| config.projection_shape(target)[0]).sum();
-    (rows * width * size_of::<f32>()) as u64
 }
 
 /// A gradient that has to be there: candle leaves one out, without an error, where an operation has no

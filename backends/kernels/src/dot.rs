@@ -27,16 +27,6 @@ fn dot_integers(a: &[i8], b: &[f32]) -> f32 {
     dot_body(a, b, f32::from)
 }
 
-for_this_cpu! {
-    /// Widens all of `values`.
-    pub fn widen_all_bf16(values: &[bf16], out: &mut [f32]) -> () = widen_all
-}
-
-#[inline(always)]
-fn widen_all(values: &[bf16], out: &mut [f32]) {
-    out.iter_mut().zip(values).for_each(|(out, &value)| *out = widen_bf16(value));
-}
-
 #[inline(always)]
 fn dot_f32(a: &[f32], b: &[f32]) -> f32 {
     dot_body(a, b, |v| v)

@@ -2,6 +2,7 @@
 //! of the C library for each element costs more than the matrix products beside it.
 
 use crate::level::for_this_cpu;
+use half::bf16;
 
 /// eˣ to about one unit in the last place; 0 and ∞ beyond the range of f32, NaN for NaN.
 ///
@@ -31,6 +32,33 @@ pub fn exp(x: f32) -> f32 {
 #[inline(always)]
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
+}
+
+for_this_cpu! {
+    /// Rounds to the nearest bf16, of two the even one.
+    pub fn narrow_to_bf16(values: &[f32], out: &mut [bf16]) -> () = narrow_to_bf16_body
+}
+
+#[inline(always)]
+fn narrow_to_bf16_body(values: &[f32], out: &mut [bf16]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        // Rounding could carry a NaN over into infinity.
+        let quiet = bits >> 16 | 0x40;
+        *out = bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16);
+    }
+}
+
+for_this_cpu! {
+    pub fn widen_bf16(values: &[bf16], out: &mut [f32]) -> () = widen_bf16_body
+}
+
+#[inline(always)]
+fn widen_bf16_body(values: &[bf16], out: &mut [f32]) {
+    out.iter_mut()
+        .zip(values)
+        .for_each(|(out, value)| *out = f32::from_bits(u32::from(value.to_bits()) << 16));
 }
 
 for_this_cpu! {
@@ -153,6 +181,19 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn bf16_is_rounded_as_in_the_half_crate(bits in prop::collection::vec(any::<u32>(), 1..70)) {
+            let values: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
+            let mut narrow = vec![bf16::ZERO; values.len()];
+            narrow_to_bf16(&values, &mut narrow);
+            let mut wide = vec![0.0; values.len()];
+            widen_bf16(&narrow, &mut wide);
+            for ((value, narrow), wide) in values.iter().zip(&narrow).zip(&wide) {
+                prop_assert_eq!(narrow.to_bits(), bf16::from_f32(*value).to_bits());
+                prop_assert_eq!(wide.to_bits(), narrow.to_f32().to_bits());
+            }
+        }
+
         #[test]
         fn exp_is_close_to_that_of_the_library(x in -87f32..88.0) {
             let exact = f64::from(x).exp();

@@ -1,7 +1,7 @@
 //! Frozen matrices in the host's memory.
 
 use crate::argmax::Screen;
-use crate::dot::widen_all_bf16;
+use crate::elementwise::widen_bf16;
 use crate::level::has_bf16_products;
 use crate::{nf4, product, vector};
 use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
@@ -98,7 +98,7 @@ impl HostMatrix {
         match &self.elements {
             Elements::F32(values) => out.copy_from_slice(&values[range]),
             Elements::F16(values) => values[range].convert_to_f32_slice(out),
-            Elements::Bf16(values) => widen_all_bf16(&values[range], out),
+            Elements::Bf16(values) => widen_bf16(&values[range], out),
             Elements::Nf4(tensor) if start.is_multiple_of(BLOCK) => nf4::widen(tensor, start, out),
             Elements::Nf4(tensor) => {
                 // Cut out of the blocks it lies in.

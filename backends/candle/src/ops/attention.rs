@@ -1,6 +1,7 @@
 //! Causal grouped-query attention (Ainslie et al. 2023).
 
 use super::{Form, by_hand};
+use crate::kept::Known;
 use crate::kernels::attention::{self as kernel, Shape as HeadShape};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp3, D, Device, Layout, Result, Shape, Tensor, bail};
@@ -57,11 +58,15 @@ impl Causal {
 /// the last query sees all keys, each one before it one key less. The softmax is in f32.
 ///
 /// Padding on the right needs no mask of its own: no real token comes after it.
-pub fn attention(form: Form, q: &Tensor, k: &Tensor, v: &Tensor, causal: &Causal) -> Result<Tensor> {
+/// With a result that is known already, that one; the stock form has no use for it.
+pub fn attention(form: Form, qkv: [&Tensor; 3], causal: &Causal, known: Option<Known>) -> Result<Tensor> {
+    let [q, k, v] = qkv;
     let shape = head_shape(q.shape(), k.shape(), v.shape())?;
     match form {
-        Form::Host => q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention(shape)),
-        Form::Device => in_pieces(q, k, v, shape, causal),
+        Form::Host => {
+            q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { shape, known })
+        }
+        Form::Device => in_pieces(qkv, shape, causal, known),
         Form::Stock => composed(q, k, v, shape, causal),
     }
 }
@@ -100,14 +105,17 @@ fn composed(q: &Tensor, k: &Tensor, v: &Tensor, shape: HeadShape, causal: &Causa
     Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 1)
 }
 
-fn in_pieces(q: &Tensor, k: &Tensor, v: &Tensor, shape: HeadShape, causal: &Causal) -> Result<Tensor> {
-    let (values, causal) = ([q.detach(), k.detach(), v.detach()], causal.clone());
+fn in_pieces(qkv: [&Tensor; 3], shape: HeadShape, causal: &Causal, known: Option<Known>) -> Result<Tensor> {
+    let ([q, k, v], causal) = (qkv.map(Tensor::detach), causal.clone());
     let outputs = causal.pieces.iter().map(|piece| {
-        let heads = PieceOfHeads::new(&values[0], &values[1], &values[2], shape, piece)?;
+        let heads = PieceOfHeads::new(&q, &k, &v, shape, piece)?;
         heads.ungroup(&softmax_last_dim(&heads.scores()?)?.matmul(&heads.v)?)
     });
-    let result = Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 1)?;
-    by_hand::op3("attention", [q, k, v], result, move |[q, k, v], grad| {
+    let result = match known {
+        Some(known) => known.on_device(q.shape(), q.device())?,
+        None => Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 1)?,
+    };
+    by_hand::op3("attention", qkv, result, move |[q, k, v], grad| {
         let mut of_q = Vec::with_capacity(causal.pieces.len());
         let mut of_k: Option<Tensor> = None;
         let mut of_v: Option<Tensor> = None;
@@ -202,7 +210,10 @@ impl<'a> PieceOfHeads<'a> {
     }
 }
 
-struct Attention(HeadShape);
+struct Attention {
+    shape: HeadShape,
+    known: Option<Known>,
+}
 
 impl CustomOp3 for Attention {
     fn name(&self) -> &'static str {
@@ -219,7 +230,11 @@ impl CustomOp3 for Attention {
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (q, k, v) = (stored(q, q_layout)?, stored(k, k_layout)?, stored(v, v_layout)?);
-        Ok((CpuStorage::F32(kernel::forward(self.0, q, k, v)), q_layout.shape().clone()))
+        let result = match &self.known {
+            Some(known) => known.on_host(q.len())?,
+            None => CpuStorage::F32(kernel::forward(self.shape, q, k, v)),
+        };
+        Ok((result, q_layout.shape().clone()))
     }
 
     fn bwd(
@@ -233,8 +248,13 @@ impl CustomOp3 for Attention {
         let grad = grad.contiguous()?;
         let (q_values, k_values, v_values, grad) =
             (CpuValues::new(q)?, CpuValues::new(k)?, CpuValues::new(v)?, CpuValues::new(&grad)?);
-        let gradients =
-            kernel::backward(self.0, q_values.slice()?, k_values.slice()?, v_values.slice()?, grad.slice()?);
+        let gradients = kernel::backward(
+            self.shape,
+            q_values.slice()?,
+            k_values.slice()?,
+            v_values.slice()?,
+            grad.slice()?,
+        );
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu).map(Some);
         Ok((tensor(gradients.q, q)?, tensor(gradients.k, k)?, tensor(gradients.v, v)?))
     }
@@ -254,7 +274,7 @@ mod tests {
             let q = var(&[examples, queries, heads, 8], 1);
             let k = var(&[examples, keys, kv_heads, 8], 2);
             let v = var(&[examples, keys, kv_heads, 8], 3);
-            let of = |form, causal: &Causal| attention(form, &q, &k, &v, causal);
+            let of = |form, causal: &Causal| attention(form, [&q, &k, &v], causal, None);
             let causal =
                 |form| Causal::new(form, [examples, heads], keys - queries, queries, &Device::Cpu).unwrap();
             for form in [Form::Host, Form::Device] {

@@ -3,8 +3,10 @@
 use super::lane::Lane;
 use rayon::prelude::*;
 
-/// Depth that a thread turns over at a time: whole cache lines on both sides.
+/// Lanes of the depth that a thread turns over at a time: whole cache lines on both sides.
 const SQUARE: usize = 16;
+/// Lanes of the depth of one task: the rows and what becomes of them stay in the cache.
+const PIECE: usize = 16 * SQUARE;
 
 /// Row-major `x` `[rows, depth]` as `[panels, depth, lanes]`; rows that are missing in the last panel are
 /// zero, as is what is missing in the last lane of the depth.
@@ -12,25 +14,34 @@ pub fn panels<L: Lane>(x: &[f32], depth: usize, lanes: usize) -> Vec<L> {
     let rows = x.len() / depth;
     let joined = depth.div_ceil(L::DEPTHS);
     let mut packed = vec![L::default(); rows.div_ceil(lanes) * lanes * joined];
-    packed.par_chunks_mut(lanes * joined).zip(x.par_chunks(lanes * depth)).for_each_init(
-        || vec![L::default(); lanes * joined],
-        |rows, (panel, x)| {
-            for (row, x) in rows.chunks_mut(joined).zip(x.chunks(depth)) {
-                L::join_along(x, row);
+    let panels = packed.par_chunks_mut(lanes * joined).zip(x.par_chunks(lanes * depth));
+    panels.for_each(|(panel, x)| {
+        let pieces = panel.par_chunks_mut(lanes * PIECE).enumerate();
+        pieces.for_each_init(Vec::new, |scratch, (i, piece)| {
+            let width = piece.len() / lanes;
+            let first = i * PIECE * L::DEPTHS;
+            let last = depth.min(first + width * L::DEPTHS);
+            scratch.resize(lanes * width, L::default());
+            for (row, x) in scratch.chunks_mut(width).zip(x.chunks(depth)) {
+                L::join_along(&x[first..last], row);
             }
-            let rows = &rows[..x.len() / depth * joined];
-            let turned = L::turn_squares(rows, joined, panel, lanes);
-            for (square, columns) in panel.chunks_mut(lanes * SQUARE).enumerate().skip(turned) {
-                let width = columns.len() / lanes;
-                for (lane, row) in rows.chunks(joined).enumerate() {
-                    for (column, &value) in columns.chunks_mut(lanes).zip(&row[square * SQUARE..][..width]) {
-                        column[lane] = value;
-                    }
-                }
-            }
-        },
-    );
+            turn(&scratch[..x.len() / depth * width], width, piece, lanes);
+        });
+    });
     packed
+}
+
+/// Rows of `width` as columns of `lanes`.
+fn turn<L: Lane>(rows: &[L], width: usize, piece: &mut [L], lanes: usize) {
+    let turned = L::turn_squares(rows, width, piece, lanes);
+    for (square, columns) in piece.chunks_mut(lanes * SQUARE).enumerate().skip(turned) {
+        let columns_here = columns.len() / lanes;
+        for (lane, row) in rows.chunks(width).enumerate() {
+            for (column, &value) in columns.chunks_mut(lanes).zip(&row[square * SQUARE..][..columns_here]) {
+                column[lane] = value;
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -39,13 +50,15 @@ mod tests {
 
     #[test]
     fn a_panel_is_turned_and_filled_up() {
-        let x: Vec<f32> = (0..5 * 19).map(|i| i as f32).collect();
-        let packed: Vec<f32> = panels(&x, 19, 4);
-        assert_eq!(packed.len(), 2 * 4 * 19);
-        for (i, &value) in packed.iter().enumerate() {
-            let (panel, d, lane) = (i / (4 * 19), i / 4 % 19, i % 4);
-            let row = panel * 4 + lane;
-            assert_eq!(value, if row < 5 { x[row * 19 + d] } else { 0.0 });
+        for depth in [19, PIECE + 3] {
+            let x: Vec<f32> = (0..5 * depth).map(|i| i as f32).collect();
+            let packed: Vec<f32> = panels(&x, depth, 4);
+            assert_eq!(packed.len(), 2 * 4 * depth);
+            for (i, &value) in packed.iter().enumerate() {
+                let (panel, d, lane) = (i / (4 * depth), i / 4 % depth, i % 4);
+                let row = panel * 4 + lane;
+                assert_eq!(value, if row < 5 { x[row * depth + d] } else { 0.0 });
+            }
         }
     }
 }
