@@ -1,6 +1,5 @@
 //! What a block's forward keeps for its backward, so that it need not be computed again.
 
-use crate::kernels::PIECE;
 use crate::values::CpuValues;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, Tensor, bail};
@@ -8,8 +7,7 @@ use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::Target;
 use evalfw_kernels::Products;
 use evalfw_kernels::elementwise::{narrow_to_bf16, widen_bf16};
-use half::bf16;
-use rayon::prelude::*;
+use evalfw_kernels::filled::{PIECE, filled, zeros};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
@@ -118,7 +116,7 @@ impl Known {
 
     /// The same on the CPU, for `elements` elements.
     pub fn on_host(&self, elements: usize) -> Result<CpuStorage> {
-        let Self::Result(result) = self else { return Ok(CpuStorage::F32(vec![0.0; elements])) };
+        let Self::Result(result) = self else { return Ok(CpuStorage::F32(zeros(elements))) };
         let (storage, layout) = result.storage_and_layout();
         let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
             bail!("a kept result is not contiguous on the cpu");
@@ -126,9 +124,8 @@ impl Known {
         match storage {
             CpuStorage::F32(values) => Ok(CpuStorage::F32(values[start..end].to_vec())),
             CpuStorage::BF16(values) => {
-                let mut wide = vec![0.0; end - start];
-                let pieces = wide.par_chunks_mut(PIECE).zip(values[start..end].par_chunks(PIECE));
-                pieces.for_each(|(wide, values)| widen_bf16(values, wide));
+                let values = &values[start..end];
+                let wide = filled(values.len(), PIECE, |start, wide| widen_bf16(&values[start..], wide));
                 Ok(CpuStorage::F32(wide))
             }
             other => bail!("a kept result in {:?}", other.dtype()),
@@ -148,8 +145,6 @@ fn narrow(result: &Tensor) -> Result<Tensor> {
     let contiguous = result.contiguous()?;
     let values = CpuValues::new(&contiguous)?;
     let values = values.slice()?;
-    let mut narrow = vec![bf16::ZERO; values.len()];
-    let pieces = narrow.par_chunks_mut(PIECE).zip(values.par_chunks(PIECE));
-    pieces.for_each(|(narrow, values)| narrow_to_bf16(values, narrow));
+    let narrow = filled(values.len(), PIECE, |start, narrow| narrow_to_bf16(&values[start..], narrow));
     Tensor::from_vec(narrow, result.shape(), &Device::Cpu)
 }

@@ -1,7 +1,6 @@
 //! A frozen linear layer with a LoRA adapter beside it.
 
 use crate::kept::{Known, Part};
-use crate::kernels::PIECE;
 use crate::kernels::product::{Threads, View, ViewMut, add_product};
 use crate::matrix::FrozenMatrix;
 use crate::network::Pass;
@@ -10,6 +9,7 @@ use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Device, Layout, Result, Shape, Tensor, Var, bail};
 use evalfw_engine::dropout::MaskKey;
 use evalfw_engine::lora::Target;
+use evalfw_kernels::filled::{PIECE, filled, zeros};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -120,12 +120,13 @@ impl Frozen {
     fn forward_on_host(&self, x: &[f32]) -> Result<Vec<f32>> {
         let FrozenMatrix::Host(matrix) = &self.matrix else { bail!("the matrix is not on the host") };
         let [out_features, in_features] = matrix.shape();
-        let mut out = vec![0.0; x.len() / in_features * out_features];
-        if let Some(bias) = &self.bias {
-            let bias = CpuValues::new(bias)?;
-            let bias = bias.slice()?;
-            out.par_chunks_mut(out_features).for_each(|row| row.copy_from_slice(bias));
-        }
+        let bias = self.bias.as_ref().map(CpuValues::new).transpose()?;
+        let bias = bias.as_ref().map(CpuValues::slice).transpose()?;
+        let mut out = filled(x.len() / in_features * out_features, out_features, |_, row| {
+            if let Some(bias) = bias {
+                row.copy_from_slice(bias);
+            }
+        });
         matrix.add_product(x, &mut out);
         Ok(out)
     }
@@ -167,11 +168,7 @@ struct Mask {
 
 impl Mask {
     fn values(&self, len: usize) -> Vec<f32> {
-        let mut mask = vec![0.0; len];
-        mask.par_chunks_mut(PIECE)
-            .enumerate()
-            .for_each(|(i, piece)| self.key.fill_from(self.rate, i * PIECE, piece));
-        mask
+        filled(len, PIECE, |start, piece| self.key.fill_from(self.rate, start, piece))
     }
 
     /// `mask ⊙ x` on the device of `x`, by candle's operations.
@@ -243,7 +240,7 @@ fn multiply(values: &mut [f32], factors: &[f32]) {
 
 /// `a · b` for row-major results with `width` columns.
 fn product(width: usize, factor: f64, a: View<'_>, b: View<'_>) -> Vec<f32> {
-    let mut out = vec![0.0; a.height() * width];
+    let mut out = zeros(a.height() * width);
     add_product(ViewMut::new(&mut out, width), factor as f32, a, b, Threads::All);
     out
 }

@@ -5,11 +5,14 @@ use crate::matrix::{FrozenMatrix, HostMatrix};
 use crate::values::CpuValues;
 use candle_core::{D, Device, Result, Tensor, bail};
 use evalfw_kernels::elementwise::exponentials;
+use evalfw_kernels::filled::zeros;
 use rayon::prelude::*;
 
-/// Bytes of the logits that exist at a time: 110 rows of Qwen's vocabulary. Fewer rows would save memory,
+/// Bytes of the logits that exist at a time: 128 rows of Qwen's vocabulary. Fewer rows would save memory,
 /// but the head is read and widened again for each chunk.
-const LOGIT_BYTES: usize = 64 << 20;
+const LOGIT_BYTES: usize = 75 << 20;
+/// Rows that a product takes at once: a chunk that does not fill its last panel wastes the rest.
+const PANEL: usize = 32;
 
 pub struct CrossEntropy<'a> {
     /// `[vocab_size, hidden_size]`
@@ -60,9 +63,9 @@ impl<'a> CrossEntropy<'a> {
         if let Some(target) = targets.iter().find(|&&target| target as usize >= vocab_size) {
             bail!("target {target} is not below the vocabulary of {vocab_size}");
         }
-        // Chunks of about the same size, as a short one would not be worth its price.
+        // Chunks of about the same size, as a short one would not be worth its price, but of whole panels.
         let chunks = targets.len().div_ceil(self.rows_at_a_time).max(1);
-        let rows = targets.len().div_ceil(chunks).max(1);
+        let rows = targets.len().div_ceil(chunks).max(1).next_multiple_of(PANEL).min(self.rows_at_a_time);
         let cut =
             |(i, targets): (usize, &'t [u32])| Ok((hidden.narrow(0, i * rows, targets.len())?, targets));
         targets.chunks(rows).enumerate().map(cut).collect()
@@ -78,7 +81,7 @@ fn host_logits(
     weight: Option<f64>,
 ) -> Result<(f64, Vec<f32>)> {
     let [vocab_size, _] = head.shape();
-    let mut logits = vec![0.0; targets.len() * vocab_size];
+    let mut logits = zeros(targets.len() * vocab_size);
     head.add_product(CpuValues::new(hidden)?.slice()?, &mut logits);
     let losses = logits.par_chunks_mut(vocab_size).zip(targets).map(|(row, &target)| {
         let of_target = row[target as usize];

@@ -63,13 +63,13 @@ fn vars(network: &Network) -> Vec<Var> {
 
 mod host {
     use super::{gradient, vars};
-    use crate::kernels::PIECE;
     use crate::network::Network;
     use crate::values::CpuValues;
     use candle_core::backprop::GradStore;
     use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Var, bail};
     use evalfw_engine::protocol::TrainingConfig;
     use evalfw_kernels::elementwise::{self, AdamW, Moments};
+    use evalfw_kernels::filled::PIECE;
     use rayon::prelude::*;
     use std::sync::Mutex;
 

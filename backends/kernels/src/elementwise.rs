@@ -1,6 +1,7 @@
 //! Loops over elements with an exponential in them, in a form that the compiler turns into vector code: a call
 //! of the C library for each element costs more than the matrix products beside it.
 
+use crate::dot;
 use crate::level::for_this_cpu;
 use half::bf16;
 
@@ -56,9 +57,7 @@ for_this_cpu! {
 
 #[inline(always)]
 fn widen_bf16_body(values: &[bf16], out: &mut [f32]) {
-    out.iter_mut()
-        .zip(values)
-        .for_each(|(out, value)| *out = f32::from_bits(u32::from(value.to_bits()) << 16));
+    out.iter_mut().zip(values).for_each(|(out, &value)| *out = dot::widen_bf16(value));
 }
 
 for_this_cpu! {
@@ -140,21 +139,27 @@ fn exponentials_body(row: &mut [f32]) -> (f32, f64) {
     const LANES: usize = 16;
     // `max` drops NaN; the sum below keeps it.
     let mut largest = [f32::NEG_INFINITY; LANES];
-    for part in row.chunks(LANES) {
+    let (parts, rest) = row.as_chunks::<LANES>();
+    for part in parts {
         for (largest, &value) in largest.iter_mut().zip(part) {
             *largest = if value > *largest { value } else { *largest };
         }
     }
-    let max = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let max = largest.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
     let mut sum = 0.0;
     // A vocabulary is too long to be summed in f32 alone.
     for part in row.chunks_mut(16 * LANES) {
         let mut sums = [0f32; LANES];
-        for part in part.chunks_mut(LANES) {
+        let (parts, rest) = part.as_chunks_mut::<LANES>();
+        for part in parts {
             for (sum, value) in sums.iter_mut().zip(part) {
                 *value = exp(*value - max);
                 *sum += *value;
             }
+        }
+        for (sum, value) in sums.iter_mut().zip(rest) {
+            *value = exp(*value - max);
+            *sum += *value;
         }
         sum += f64::from(sums.iter().sum::<f32>());
     }

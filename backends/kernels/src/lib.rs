@@ -6,6 +6,7 @@
 //!   for each product, into a tile that stays in the cache of the core that uses it
 //! - `argmax`: the largest row of a product, as greedy decoding wants it
 //! - [`elementwise`]: loops with an exponential
+//! - [`filled`]: the memory of results
 //! - [`level`]: the instruction sets, found at run time
 //!
 //! Nothing here knows a framework: engines call it from their own extension points.
@@ -13,6 +14,7 @@
 mod argmax;
 mod dot;
 pub mod elementwise;
+pub mod filled;
 pub mod level;
 mod matrix;
 mod nf4;

@@ -4,6 +4,7 @@
 use crate::kernels::product::{Threads, View, ViewMut, add_product};
 use crate::kernels::softmax::softmax;
 use evalfw_kernels::dot;
+use evalfw_kernels::filled::zeros;
 use rayon::prelude::*;
 
 /// Queries whose scores exist at a time, for each thread.
@@ -30,7 +31,7 @@ pub struct Gradients {
 /// The weighted values, in the layout of `q`.
 pub fn forward(shape: Shape, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
     let heads: Vec<_> = shape.heads(q, k, v).map(|head| head.forward()).collect();
-    let mut out = vec![0.0; q.len()];
+    let mut out = zeros(q.len());
     shape.interleave(|head| &heads[head], &mut out);
     out
 }

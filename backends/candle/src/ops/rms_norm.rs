@@ -4,7 +4,7 @@ use super::{Form, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor};
 use evalfw_kernels::dot;
-use rayon::prelude::*;
+use evalfw_kernels::filled::filled;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, in f32.
 pub fn rms_norm(form: Form, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -58,8 +58,8 @@ impl CustomOp1 for RmsNorm {
         let weight = CpuValues::new(&self.weight)?;
         let weight = weight.slice()?;
         let width = weight.len();
-        let mut out = vec![0.0; x.len()];
-        out.par_chunks_mut(width).zip(x.par_chunks(width)).for_each(|(out, x)| {
+        let out = filled(x.len(), width, |start, out| {
+            let x = &x[start..start + width];
             let inverse = self.inverse(x);
             for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
                 *out = x * inverse * weight;
@@ -74,19 +74,17 @@ impl CustomOp1 for RmsNorm {
             (CpuValues::new(x)?, CpuValues::new(&grad)?, CpuValues::new(&self.weight)?);
         let (values, grad, weight) = (x_values.slice()?, grad.slice()?, weight.slice()?);
         let width = weight.len();
-        let mut out = vec![0.0; values.len()];
-        out.par_chunks_mut(width).zip(values.par_chunks(width)).zip(grad.par_chunks(width)).for_each(
-            |((out, x), grad)| {
-                let inverse = self.inverse(x);
-                for ((out, grad), weight) in out.iter_mut().zip(grad).zip(weight) {
-                    *out = grad * weight;
-                }
-                let along = dot(out, x) * inverse * inverse / width as f32;
-                for (out, x) in out.iter_mut().zip(x) {
-                    *out = inverse * (*out - along * x);
-                }
-            },
-        );
+        let out = filled(values.len(), width, |start, out| {
+            let x = &values[start..start + width];
+            let inverse = self.inverse(x);
+            for ((out, grad), weight) in out.iter_mut().zip(&grad[start..]).zip(weight) {
+                *out = grad * weight;
+            }
+            let along = dot(out, x) * inverse * inverse / width as f32;
+            for (out, x) in out.iter_mut().zip(x) {
+                *out = inverse * (*out - along * x);
+            }
+        });
         Tensor::from_vec(out, x.shape(), &Device::Cpu).map(Some)
     }
 }

@@ -4,7 +4,7 @@ use super::{Form, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 use candle_nn::rotary_emb::rope_thd;
-use rayon::prelude::*;
+use evalfw_kernels::filled::filled;
 
 /// Cosines and sines of some positions, each f32 `[positions, dim / 2]`.
 #[derive(Clone)]
@@ -63,12 +63,11 @@ impl Rope {
         }
         let (cos, sin) = (CpuValues::new(&self.tables.cos)?, CpuValues::new(&self.tables.sin)?);
         let (cos, sin) = (cos.slice()?, sin.slice()?);
-        let mut out = vec![0.0; x.len()];
         let width = heads * dim;
-        out.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate().for_each(|(row, (out, x))| {
-            let start = row % positions * half;
-            let (cos, sin) = (&cos[start..start + half], &sin[start..start + half]);
-            for (out, x) in out.chunks_mut(dim).zip(x.chunks(dim)) {
+        Ok(filled(x.len(), width, |start, out| {
+            let angles = start / width % positions * half;
+            let (cos, sin) = (&cos[angles..angles + half], &sin[angles..angles + half]);
+            for (out, x) in out.chunks_mut(dim).zip(x[start..].chunks(dim)) {
                 let (out_first, out_second) = out.split_at_mut(half);
                 let (first, second) = x.split_at(half);
                 for i in 0..half {
@@ -77,8 +76,7 @@ impl Rope {
                     out_second[i] = second[i] * cos[i] + first[i] * sin;
                 }
             }
-        });
-        Ok(out)
+        }))
     }
 }
 

@@ -2,10 +2,9 @@
 //! a spin beside rayon's, and take turns with them.
 
 use super::{Form, by_hand};
-use crate::kernels::PIECE;
 use crate::values::stored;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
+use evalfw_kernels::filled::{PIECE, filled};
 
 /// `a + b` of the same shape.
 pub fn add(form: Form, a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -30,14 +29,11 @@ impl CustomOp2 for Add {
         b_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (a, b) = (stored(a, a_layout)?, stored(b, b_layout)?);
-        let mut out = vec![0.0; a.len()];
-        out.par_chunks_mut(PIECE).zip(a.par_chunks(PIECE)).zip(b.par_chunks(PIECE)).for_each(
-            |((out, a), b)| {
-                for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
-                    *out = a + b;
-                }
-            },
-        );
+        let out = filled(a.len(), PIECE, |start, out| {
+            for ((out, a), b) in out.iter_mut().zip(&a[start..]).zip(&b[start..]) {
+                *out = a + b;
+            }
+        });
         Ok((CpuStorage::F32(out), a_layout.shape().clone()))
     }
 

@@ -1,10 +1,10 @@
 //! The gated activation of the MLP (Shazeer 2020).
 
 use super::{Form, by_hand};
-use crate::kernels::PIECE;
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
 use evalfw_kernels::elementwise::{self, Gradients};
+use evalfw_kernels::filled::{PIECE, filled, zeros};
 use rayon::prelude::*;
 
 /// `silu(gate) · up`
@@ -46,11 +46,10 @@ impl CustomOp2 for SwiGlu {
         up_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (stored(gate, gate_layout)?, stored(up, up_layout)?);
-        let mut out = vec![0.0; gate.len()];
-        out.par_chunks_mut(PIECE)
-            .zip(gate.par_chunks(PIECE))
-            .zip(up.par_chunks(PIECE))
-            .for_each(|((out, gate), up)| elementwise::swiglu(gate, up, out));
+        let out = filled(gate.len(), PIECE, |start, out| {
+            let here = start..start + out.len();
+            elementwise::swiglu(&gate[here.clone()], &up[here], out);
+        });
         Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
     }
 
@@ -65,7 +64,7 @@ impl CustomOp2 for SwiGlu {
         let grad = grad.contiguous()?;
         let (gate, up, grad) = (CpuValues::new(gate)?, CpuValues::new(up)?, CpuValues::new(&grad)?);
         let (gate, up, grad) = (gate.slice()?, up.slice()?, grad.slice()?);
-        let (mut of_gate, mut of_up) = (vec![0.0; gate.len()], vec![0.0; gate.len()]);
+        let (mut of_gate, mut of_up) = (zeros(gate.len()), zeros(gate.len()));
         let outputs = of_gate.par_chunks_mut(PIECE).zip(of_up.par_chunks_mut(PIECE));
         let inputs = gate.par_chunks(PIECE).zip(up.par_chunks(PIECE)).zip(grad.par_chunks(PIECE));
         outputs.zip(inputs).for_each(|((of_gate, of_up), ((gate, up), grad))| {

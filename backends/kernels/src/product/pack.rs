@@ -1,6 +1,7 @@
 //! Activations in panels of as many rows as a strip has lanes.
 
 use super::lane::Lane;
+use crate::filled::filled;
 use rayon::prelude::*;
 
 /// Lanes of the depth that a thread turns over at a time: whole cache lines on both sides.
@@ -13,9 +14,10 @@ const PIECE: usize = 16 * SQUARE;
 pub fn panels<L: Lane>(x: &[f32], depth: usize, lanes: usize) -> Vec<L> {
     let rows = x.len() / depth;
     let joined = depth.div_ceil(L::DEPTHS);
-    let mut packed = vec![L::default(); rows.div_ceil(lanes) * lanes * joined];
-    let panels = packed.par_chunks_mut(lanes * joined).zip(x.par_chunks(lanes * depth));
-    panels.for_each(|(panel, x)| {
+    let panel_size = lanes * joined;
+    filled(rows.div_ceil(lanes) * panel_size, panel_size, |start, panel| {
+        let x = &x[start / joined * depth..];
+        let x = &x[..x.len().min(lanes * depth)];
         let pieces = panel.par_chunks_mut(lanes * PIECE).enumerate();
         pieces.for_each_init(Vec::new, |scratch, (i, piece)| {
             let width = piece.len() / lanes;
@@ -27,8 +29,7 @@ pub fn panels<L: Lane>(x: &[f32], depth: usize, lanes: usize) -> Vec<L> {
             }
             turn(&scratch[..x.len() / depth * width], width, piece, lanes);
         });
-    });
-    packed
+    })
 }
 
 /// Rows of `width` as columns of `lanes`.
