@@ -7,7 +7,7 @@ use safetensors::tensor::{Dtype, Metadata};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -164,36 +164,28 @@ impl Checkpoint {
     }
 }
 
-/// Reads one tensor from front to back, a piece at a time.
+/// Reads one tensor: from front to back a piece at a time, or by position from several threads at once.
 pub struct TensorReader {
     name: String,
     entry: Entry,
     file: File,
     position: usize,
-    remaining: usize,
     bytes: Vec<u8>,
 }
 
 impl TensorReader {
     fn open(name: &str, entry: &Entry) -> Result<Self> {
-        let at_offset = || {
-            let mut file = File::open(&entry.file)?;
-            file.seek(SeekFrom::Start(entry.offset))?;
-            Ok(file)
-        };
-        let file = at_offset().map_err(|e: std::io::Error| Error::file(&entry.file, e))?;
-        Ok(Self {
-            name: name.to_owned(),
-            remaining: entry.elements,
-            position: 0,
-            entry: entry.clone(),
-            file,
-            bytes: Vec::new(),
-        })
+        let file = File::open(&entry.file).map_err(|e| Error::file(&entry.file, e))?;
+        Ok(Self { name: name.to_owned(), entry: entry.clone(), file, position: 0, bytes: Vec::new() })
     }
 
+    pub fn elements(&self) -> usize {
+        self.entry.elements
+    }
+
+    /// Elements that [`Self::read_bytes`] and [`Self::read_f32`] have not come to.
     pub fn remaining(&self) -> usize {
-        self.remaining
+        self.entry.elements - self.position
     }
 
     pub fn element_type(&self) -> ElementType {
@@ -207,18 +199,42 @@ impl TensorReader {
 
     /// Reads the next `count` elements in the file's own type, little-endian.
     pub fn read_bytes(&mut self, count: usize) -> Result<&[u8]> {
-        assert!(
-            count <= self.remaining,
-            "{}: {count} elements asked for, {} left",
-            self.name,
-            self.remaining
-        );
-        self.bytes.resize(count * self.entry.dtype.bytes(), 0);
-        let read = self.file.read_exact(&mut self.bytes);
-        read.map_err(|e| Error::file(&self.entry.file, format_args!("{}: {e}", self.name)))?;
-        self.remaining -= count;
+        let mut bytes = std::mem::take(&mut self.bytes);
+        bytes.resize(count * self.entry.dtype.bytes(), 0);
+        let read = self.read_at(self.position, &mut bytes);
+        self.bytes = bytes;
+        read?;
         self.position += count;
         Ok(&self.bytes)
+    }
+
+    /// Fills `out` with the elements from number `start` on in the file's own type, little-endian. Leaves the
+    /// place of [`Self::read_bytes`] as it is.
+    pub fn read_at(&self, start: usize, out: &mut [u8]) -> Result<()> {
+        let width = self.entry.dtype.bytes();
+        let count = out.len() / width;
+        let left = self.entry.elements.saturating_sub(start);
+        assert!(count <= left, "{}: {count} elements asked for, {left} left", self.name);
+        let read = self.read_exact_at(self.entry.offset + (start * width) as u64, out);
+        read.map_err(|e| Error::file(&self.entry.file, format_args!("{}: {e}", self.name)))
+    }
+
+    #[cfg(unix)]
+    fn read_exact_at(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(&self.file, out, offset)
+    }
+
+    #[cfg(windows)]
+    fn read_exact_at(&self, mut offset: u64, mut out: &mut [u8]) -> std::io::Result<()> {
+        while !out.is_empty() {
+            let read = std::os::windows::fs::FileExt::seek_read(&self.file, out, offset)?;
+            if read == 0 {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+            out = &mut out[read..];
+            offset += read as u64;
+        }
+        Ok(())
     }
 
     /// Reads the next elements as f32 until `out` is full. A value that is not finite is an error.
@@ -356,6 +372,8 @@ pub(crate) mod tests {
     pub struct Folder {
         folder: TempDir,
         tensors: Tensors,
+        /// What the tensors are stored in.
+        pub dtype: Dtype,
     }
 
     impl Folder {
@@ -367,7 +385,7 @@ pub(crate) mod tests {
             let values = |shape: &[usize]| (0..shape.iter().product()).map(|i| i as f32).collect();
             let tensors = config.tensors().into_iter();
             let tensors = tensors.map(|(name, shape)| (name, shape.clone(), values(&shape))).collect();
-            Self { folder, tensors }
+            Self { folder, tensors, dtype: Dtype::F32 }
         }
 
         pub fn path(&self) -> &Path {
@@ -385,7 +403,7 @@ pub(crate) mod tests {
                 let mut values = values.clone();
                 alter(name, &mut values);
                 let shard = self.shard_of(name);
-                write(&self.path().join(&shard), &[(name.clone(), shape.clone(), values)]);
+                write(&self.path().join(&shard), self.dtype, &[(name.clone(), shape.clone(), values)]);
                 weight_map.insert(name.clone(), shard.into());
             }
             let index = json!({ "weight_map": weight_map });
@@ -394,15 +412,20 @@ pub(crate) mod tests {
 
         fn write_single(&self, more: Tensors) {
             let tensors: Tensors = self.tensors.iter().cloned().chain(more).collect();
-            write(&self.path().join(SINGLE_FILE), &tensors);
+            write(&self.path().join(SINGLE_FILE), self.dtype, &tensors);
         }
     }
 
-    fn write(path: &Path, tensors: &[(String, Vec<usize>, Vec<f32>)]) {
+    fn write(path: &Path, dtype: Dtype, tensors: &[(String, Vec<usize>, Vec<f32>)]) {
+        let encode = |v: &f32| match dtype {
+            Dtype::BF16 => bf16::from_f32(*v).to_le_bytes().to_vec(),
+            Dtype::F16 => f16::from_f32(*v).to_le_bytes().to_vec(),
+            _ => v.to_le_bytes().to_vec(),
+        };
         let bytes: Vec<Vec<u8>> =
-            tensors.iter().map(|(_, _, v)| v.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
+            tensors.iter().map(|(_, _, values)| values.iter().flat_map(encode).collect()).collect();
         let views = tensors.iter().zip(&bytes).map(|((name, shape, _), bytes)| {
-            (name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
+            (name.clone(), TensorView::new(dtype, shape.clone(), bytes).unwrap())
         });
         safetensors::serialize_to_file(views, None, path).unwrap();
     }

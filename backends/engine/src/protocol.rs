@@ -151,7 +151,8 @@ pub struct Load {
     pub quantization: Quantization,
 }
 
-/// Where the time of a load went, in seconds.
+/// Where the time of a load went, in seconds on the clock: the parts add up to the total. Where some threads read
+/// while others quantize, what passes meanwhile is divided by the share of all threads' time that either took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct LoadTimes {
     /// From file to memory.
