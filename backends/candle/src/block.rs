@@ -45,28 +45,29 @@ impl Block {
     /// `x` and the result are `[examples * slots, hidden_size]`. With a cache there is one example, and
     /// its slots come after the cached ones.
     pub fn forward(&self, x: &Tensor, pass: &Pass<'_>, cache: Option<&mut BlockCache>) -> Result<Tensor> {
-        let (config, form) = (pass.config, pass.form);
-        let normed = rms_norm(form, x, &self.input_norm, config.rms_norm_eps)?;
+        let (config, graph) = (pass.config, pass.graph());
+        let normed = rms_norm(graph, x, &self.input_norm, config.rms_norm_eps)?;
         let heads = |target, heads| {
             let out = self.project(target, &normed, pass)?;
-            out.reshape((pass.examples, pass.slots, heads, config.head_dim))
+            graph.reshape(&out, (pass.examples, pass.slots, heads, config.head_dim))
         };
-        let q = rope(form, &heads(Target::Q, config.num_attention_heads)?, &pass.rope)?;
-        let k = rope(form, &heads(Target::K, config.num_key_value_heads)?, &pass.rope)?;
+        let q = rope(graph, &heads(Target::Q, config.num_attention_heads)?, &pass.rope)?;
+        let k = rope(graph, &heads(Target::K, config.num_key_value_heads)?, &pass.rope)?;
         let v = heads(Target::V, config.num_key_value_heads)?;
         let (k, v) = match cache {
             Some(cache) => cache.append(&k, &v)?,
             None => (k, v),
         };
-        let attended = attention(form, [&q, &k, &v], &pass.causal, pass.kept.known(Part::Attention))?;
+        let attended = attention(graph, [&q, &k, &v], &pass.causal, pass.kept.known(Part::Attention))?;
         pass.kept.keep(Part::Attention, &attended)?;
-        let attended = attended.reshape((pass.rows(), config.num_attention_heads * config.head_dim))?;
-        let x = add(form, x, &self.project(Target::O, &attended, pass)?)?;
+        let attended =
+            graph.reshape(&attended, (pass.rows(), config.num_attention_heads * config.head_dim))?;
+        let x = add(graph, x, &self.project(Target::O, &attended, pass)?)?;
 
-        let normed = rms_norm(form, &x, &self.post_attention_norm, config.rms_norm_eps)?;
+        let normed = rms_norm(graph, &x, &self.post_attention_norm, config.rms_norm_eps)?;
         let gate = self.project(Target::Gate, &normed, pass)?;
         let up = self.project(Target::Up, &normed, pass)?;
-        add(form, &x, &self.project(Target::Down, &swiglu(form, &gate, &up)?, pass)?)
+        add(graph, &x, &self.project(Target::Down, &swiglu(graph, &gate, &up)?, pass)?)
     }
 
     fn project(&self, target: Target, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {

@@ -4,7 +4,7 @@ use crate::kept::{Known, Part};
 use crate::kernels::product::{Threads, View, ViewMut, add_product};
 use crate::matrix::FrozenMatrix;
 use crate::network::Pass;
-use crate::ops::{Form, by_hand};
+use crate::ops::{Form, Graph, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Device, Layout, Result, Shape, Tensor, Var, bail};
 use evalfw_engine::dropout::MaskKey;
@@ -58,12 +58,13 @@ impl Linear {
                 .map(|dropout| Mask { key: dropout.key(self.layer, self.target), rate: dropout.rate }),
             known: pass.kept.known(Part::Projection(self.target)),
         };
+        let graph = pass.graph();
         match pass.form {
             Form::Host => match self.frozen.matrix {
-                FrozenMatrix::Host(_) => x.apply_op3(&a, &b, op),
-                FrozenMatrix::Device(_) | FrozenMatrix::Native(_) => op.on_device(x, &a, &b),
+                FrozenMatrix::Host(_) => graph.op3([x, &a, &b], op),
+                FrozenMatrix::Device(_) | FrozenMatrix::Native(_) => op.on_device(graph, x, &a, &b),
             },
-            Form::Device => op.on_device(x, &a, &b),
+            Form::Device => op.on_device(graph, x, &a, &b),
             Form::Stock => op.composed(x, &a, &b, pass.training),
         }
     }
@@ -81,15 +82,15 @@ impl Frozen {
     /// `x Wᵀ + b`, with a gradient of `x` only; the stock form has candle's own.
     fn forward(self: &Arc<Self>, pass: &Pass<'_>, x: &Tensor) -> Result<Tensor> {
         match (pass.form, &self.matrix) {
-            (Form::Host, FrozenMatrix::Host(_)) => x.apply_op1(FrozenOp(self.clone())),
-            (Form::Host | Form::Device, _) => self.on_device(x),
+            (Form::Host, FrozenMatrix::Host(_)) => pass.graph().op1(x, FrozenOp(self.clone())),
+            (Form::Host | Form::Device, _) => self.on_device(pass.graph(), x),
             (Form::Stock, _) => self.composed(x, pass.training),
         }
     }
 
-    fn on_device(self: &Arc<Self>, x: &Tensor) -> Result<Tensor> {
+    fn on_device(self: &Arc<Self>, graph: Graph<'_>, x: &Tensor) -> Result<Tensor> {
         let frozen = self.clone();
-        by_hand::op1("frozen-linear", x, self.untraced(&x.detach())?, move |_, grad| {
+        by_hand::op1(graph, "frozen-linear", x, self.untraced(&x.detach())?, move |_, grad| {
             frozen.matrix.transposed_product(grad)
         })
     }
@@ -200,7 +201,7 @@ impl LoraOp {
     }
 
     /// By candle's operations on any device, with a backward that keeps nothing but the arguments.
-    fn on_device(self, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    fn on_device(self, graph: Graph<'_>, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let result = match &self.known {
             Some(known) => {
                 known.on_device(&Shape::from((x.dim(0)?, self.frozen.matrix.shape()[0])), x.device())?
@@ -212,7 +213,7 @@ impl LoraOp {
             }
         };
         let Self { frozen, scale, mask, .. } = self;
-        by_hand::op3("lora-linear", [x, a, b], result, move |[x, a, b], grad| {
+        by_hand::op3(graph, "lora-linear", [x, a, b], result, move |[x, a, b], grad| {
             let masked = masked_untraced(mask.as_ref(), x)?;
             let inner = (masked.matmul(&a.t()?)? * scale)?;
             let of_b = grad.t()?.matmul(&inner)?;
@@ -296,7 +297,8 @@ impl CustomOp3 for LoraOp {
         let a_view = View::new(a_values.slice()?, in_features);
 
         let inner = product(r, 1.0, input, a_view.t());
-        let of_b = product(r, self.scale, grad.t(), View::new(&inner, r));
+        // The narrow factor first: the other way round the result has too few columns to fill registers.
+        let of_b = product(out_features, self.scale, View::new(&inner, r).t(), grad);
         let of_inner = product(r, self.scale, grad, View::new(b_values.slice()?, r));
         let of_inner = View::new(&of_inner, r);
         let of_a = product(in_features, 1.0, of_inner.t(), input);
@@ -306,7 +308,8 @@ impl CustomOp3 for LoraOp {
         }
         matrix.add_transposed_product(grad_values, &mut of_x);
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu).map(Some);
-        Ok((tensor(of_x, x)?, tensor(of_a, a)?, tensor(of_b, b)?))
+        let of_b = Tensor::from_vec(of_b, (r, out_features), &Device::Cpu)?.t()?.contiguous()?;
+        Ok((tensor(of_x, x)?, tensor(of_a, a)?, Some(of_b)))
     }
 }
 
@@ -342,12 +345,16 @@ mod tests {
             let of_device = || FrozenMatrix::Device(device.clone());
             let composed = || op(of_device()).composed(&x, &a, &b, true);
             assert_alike(&[&x, &a, &b], || x.apply_op3(&a, &b, op(of_host())), composed);
-            assert_alike(&[&x, &a, &b], || op(of_device()).on_device(&x, &a, &b), composed);
+            assert_alike(
+                &[&x, &a, &b],
+                || op(of_device()).on_device(Form::Device.into(), &x, &a, &b),
+                composed,
+            );
         }
         let frozen = |matrix| Arc::new(Frozen { matrix, bias: bias.clone() });
         let host = frozen(FrozenMatrix::Host(HostMatrix::new(weight, Products::F32)));
         let device = frozen(FrozenMatrix::Device(device));
         assert_alike(&[&x], || x.apply_op1(FrozenOp(host.clone())), || device.composed(&x, true));
-        assert_alike(&[&x], || device.on_device(&x), || device.composed(&x, true));
+        assert_alike(&[&x], || device.on_device(Form::Device.into(), &x), || device.composed(&x, true));
     }
 }

@@ -5,7 +5,7 @@ use crate::block::{Block, BlockCache};
 use crate::kept::Kept;
 use crate::linear::Linear;
 use crate::matrix::FrozenMatrix;
-use crate::ops::{Causal, Form, RopeTables, rms_norm};
+use crate::ops::{Causal, Form, Graph, RopeTables, Tape, rms_norm};
 use candle_core::{Device, Result, Tensor};
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::dropout::MaskKey;
@@ -36,6 +36,7 @@ pub struct Pass<'a> {
     pub rope: RopeTables,
     pub causal: Causal,
     pub form: Form,
+    pub tape: Option<&'a Tape>,
     /// Whether the adapter's factors take part in autograd.
     pub trace: bool,
     /// Whether gradients are wanted in the end, be it after computing a block again.
@@ -65,9 +66,16 @@ impl Pass<'_> {
         self.examples * self.slots
     }
 
-    /// The same pass with or without a graph.
-    pub fn traced(&self, trace: bool) -> Self {
-        Self { rope: self.rope.clone(), causal: self.causal.clone(), trace, ..*self }
+    pub fn graph(&self) -> Graph<'_> {
+        Graph { form: self.form, tape: self.tape }
+    }
+
+    /// The same pass with a graph: on the tape, or else candle's own.
+    pub fn traced<'t>(&self, tape: Option<&'t Tape>) -> Pass<'t>
+    where
+        Self: 't,
+    {
+        Pass { rope: self.rope.clone(), causal: self.causal.clone(), tape, trace: true, ..*self }
     }
 
     /// The same pass over a block whose results are `kept`.
@@ -86,8 +94,8 @@ impl Network {
         let (device, form) = (&self.device, self.form);
         let rope = RopeTables::new(config.rope_theta, config.head_dim, start, slots, device)?;
         let causal = Causal::new(form, [examples, config.num_attention_heads], start, slots, device)?;
-        let (trace, training, dropout, kept) = (false, false, None, Kept::No);
-        Ok(Pass { config, examples, slots, rope, causal, form, trace, training, dropout, kept })
+        let (tape, trace, training, dropout, kept) = (None, false, false, None, Kept::No);
+        Ok(Pass { config, examples, slots, rope, causal, form, tape, trace, training, dropout, kept })
     }
 
     /// The hidden states `[tokens, hidden_size]` after the last block. With `caches`, one for each
@@ -115,7 +123,7 @@ impl Network {
     }
 
     pub fn norm(&self, x: &Tensor) -> Result<Tensor> {
-        rms_norm(self.form, x, &self.final_norm, self.config.rms_norm_eps)
+        rms_norm(self.form.into(), x, &self.final_norm, self.config.rms_norm_eps)
     }
 
     pub fn projections(&self) -> impl Iterator<Item = &Linear> {

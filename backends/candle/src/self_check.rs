@@ -33,18 +33,18 @@ pub fn problem(device: &Device) -> Result<Option<String>> {
     let k = var(&[EXAMPLES, POSITIONS, KV_HEADS, DIM], 6)?;
     let v = var(&[EXAMPLES, POSITIONS, KV_HEADS, DIM], 7)?;
     let tables = RopeTables::new(1e6, DIM, 5, POSITIONS, device)?;
-    let attend = |form| {
+    let attend = |form: Form| {
         let causal = Causal::new(form, [EXAMPLES, HEADS], 0, POSITIONS, device)?;
-        attention(form, [&q, &k, &v], &causal, None)
+        attention(form.into(), [&q, &k, &v], &causal, None)
     };
     let linear = |form| self::linear(form, &x, device);
     let one_row = x.as_tensor().narrow(0, 0, 1)?;
     let operations: [(&'static str, &[&Var], Operation<'_>); 6] = [
         ("a product with NF4", &[&x], Box::new(linear)),
         ("a product of one row with NF4", &[], Box::new(|form| nf4(form, device)?.product(&one_row))),
-        ("rms-norm", &[&x], Box::new(|form| rms_norm(form, &x, &weight, 1e-6))),
-        ("swiglu", &[&gate, &up], Box::new(|form| swiglu(form, &gate, &up))),
-        ("rope", &[&q], Box::new(|form| rope(form, &q, &tables))),
+        ("rms-norm", &[&x], Box::new(|form: Form| rms_norm(form.into(), &x, &weight, 1e-6))),
+        ("swiglu", &[&gate, &up], Box::new(|form| swiglu(form.into(), &gate, &up))),
+        ("rope", &[&q], Box::new(|form| rope(form.into(), &q, &tables))),
         ("attention", &[&q, &k, &v], Box::new(attend)),
     ];
     for (name, vars, operation) in operations {
@@ -72,7 +72,7 @@ fn linear(form: Form, x: &Tensor, device: &Device) -> Result<Tensor> {
         Form::Stock => x.matmul(&matrix.decode()?.t()?),
         Form::Host | Form::Device => {
             let result = matrix.product(&x.detach())?;
-            by_hand::op1("self-check", x, result, move |_, grad| matrix.transposed_product(grad))
+            by_hand::op1(form.into(), "self-check", x, result, move |_, grad| matrix.transposed_product(grad))
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::kept::{Kept, Results};
 use crate::linear::Lora;
 use crate::loss::CrossEntropy;
 use crate::network::{Dropout, Network, Pass};
-use crate::ops::{Form, with_gradient};
+use crate::ops::{Form, Tape, with_gradient};
 use crate::optimizer::Optimizer;
 use crate::values::CpuValues;
 use candle_core::backprop::GradStore;
@@ -93,8 +93,6 @@ impl MicroBatch<'_> {
     /// computes the rest of a block again when its gradient is due. Returns the summed loss.
     fn checkpointed(&self, gradients: &mut Gradients) -> Result<f64> {
         let network = self.network;
-        let untraced = self.pass.traced(false);
-        let traced = self.pass.traced(true);
         let mut inputs = Vec::with_capacity(network.blocks.len());
         let mut x = network.embedding.rows(&self.batch.flat_ids())?;
         // As many of the first blocks as fit.
@@ -106,7 +104,7 @@ impl MicroBatch<'_> {
         };
         for (index, block) in (0..).zip(&network.blocks) {
             let kept = Results::new(network.products);
-            let pass = untraced.keeping(if index < blocks_kept { Kept::Keep(&kept) } else { Kept::No });
+            let pass = self.pass.keeping(if index < blocks_kept { Kept::Keep(&kept) } else { Kept::No });
             let out = block.forward(&x, &pass, None)?;
             inputs.push((x, kept));
             x = out;
@@ -120,8 +118,11 @@ impl MicroBatch<'_> {
         drop(surrogate);
         for (block, (input, kept)) in network.blocks.iter().zip(inputs).rev() {
             let input = Var::from_tensor(&input)?;
-            let out = block.forward(&input, &traced.keeping(Kept::Again(&kept)), None)?;
-            let mut store = with_gradient(network.form, &out, of_output)?.backward()?;
+            let tape = self.tape();
+            let pass = self.pass.traced(tape.as_ref());
+            let out = block.forward(&input, &pass.keeping(Kept::Again(&kept)), None)?;
+            drop(pass);
+            let mut store = self.backward(tape, &out, of_output)?;
             of_output = take(&mut store, &input, "the input of a block")?;
             for projection in &block.projections {
                 let Some(lora) = &projection.lora else { continue };
@@ -132,6 +133,19 @@ impl MicroBatch<'_> {
         Ok(loss)
     }
 
+    /// Where our own backward has a use for one.
+    fn tape(&self) -> Option<Tape> {
+        (self.network.form == Form::Host).then(Tape::default)
+    }
+
+    /// The gradients of what `x` depends on, from its own.
+    fn backward(&self, tape: Option<Tape>, x: &Tensor, gradient: Tensor) -> Result<GradStore> {
+        match tape {
+            Some(tape) => tape.backward(x, gradient),
+            None => with_gradient(self.network.form, x, gradient)?.backward(),
+        }
+    }
+
     /// On Metal, candle frees what was uploaded, such as dropout masks, only when the device has caught up.
     fn free_uploads(&self) -> Result<()> {
         let device = &self.network.device;
@@ -140,9 +154,12 @@ impl MicroBatch<'_> {
 
     /// Keeps the graph of the whole model. Returns the summed loss.
     fn whole_graph(&self, gradients: &mut Gradients) -> Result<f64> {
-        let x = self.network.forward(&self.batch.flat_ids(), &self.pass.traced(true), None)?;
-        let Some((loss, surrogate)) = self.loss(&x)? else { return Ok(0.0) };
-        let mut store = surrogate.backward()?;
+        let tape = self.tape();
+        let x = self.network.forward(&self.batch.flat_ids(), &self.pass.traced(tape.as_ref()), None)?;
+        let last = Var::from_tensor(&x.detach())?;
+        let Some((loss, surrogate)) = self.loss(&last)? else { return Ok(0.0) };
+        let of_output = take(&mut surrogate.backward()?, &last, "the hidden states")?;
+        let mut store = self.backward(tape, &x, of_output)?;
         for projection in self.network.projections() {
             let Some(lora) = &projection.lora else { continue };
             gradients.add((projection.layer, projection.target), lora, &mut store)?;

@@ -1,6 +1,6 @@
 //! Causal grouped-query attention (Ainslie et al. 2023).
 
-use super::{Form, by_hand};
+use super::{Form, Graph, by_hand};
 use crate::kept::Known;
 use crate::kernels::attention::{self as kernel, Shape as HeadShape};
 use crate::values::{CpuValues, stored};
@@ -59,14 +59,17 @@ impl Causal {
 ///
 /// Padding on the right needs no mask of its own: no real token comes after it.
 /// With a result that is known already, that one; the stock form has no use for it.
-pub fn attention(form: Form, qkv: [&Tensor; 3], causal: &Causal, known: Option<Known>) -> Result<Tensor> {
+pub fn attention(
+    graph: Graph<'_>,
+    qkv: [&Tensor; 3],
+    causal: &Causal,
+    known: Option<Known>,
+) -> Result<Tensor> {
     let [q, k, v] = qkv;
     let shape = head_shape(q.shape(), k.shape(), v.shape())?;
-    match form {
-        Form::Host => {
-            q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Attention { shape, known })
-        }
-        Form::Device => in_pieces(qkv, shape, causal, known),
+    match graph.form {
+        Form::Host => graph.op3(qkv, Attention { shape, known }),
+        Form::Device => in_pieces(graph, qkv, (shape, causal), known),
         Form::Stock => composed(q, k, v, shape, causal),
     }
 }
@@ -105,7 +108,12 @@ fn composed(q: &Tensor, k: &Tensor, v: &Tensor, shape: HeadShape, causal: &Causa
     Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 1)
 }
 
-fn in_pieces(qkv: [&Tensor; 3], shape: HeadShape, causal: &Causal, known: Option<Known>) -> Result<Tensor> {
+fn in_pieces(
+    graph: Graph<'_>,
+    qkv: [&Tensor; 3],
+    (shape, causal): (HeadShape, &Causal),
+    known: Option<Known>,
+) -> Result<Tensor> {
     let ([q, k, v], causal) = (qkv.map(Tensor::detach), causal.clone());
     let outputs = causal.pieces.iter().map(|piece| {
         let heads = PieceOfHeads::new(&q, &k, &v, shape, piece)?;
@@ -115,7 +123,7 @@ fn in_pieces(qkv: [&Tensor; 3], shape: HeadShape, causal: &Causal, known: Option
         Some(known) => known.on_device(q.shape(), q.device())?,
         None => Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 1)?,
     };
-    by_hand::op3("attention", qkv, result, move |[q, k, v], grad| {
+    by_hand::op3(graph, "attention", qkv, result, move |[q, k, v], grad| {
         let mut of_q = Vec::with_capacity(causal.pieces.len());
         let mut of_k: Option<Tensor> = None;
         let mut of_v: Option<Tensor> = None;
@@ -274,7 +282,7 @@ mod tests {
             let q = var(&[examples, queries, heads, 8], 1);
             let k = var(&[examples, keys, kv_heads, 8], 2);
             let v = var(&[examples, keys, kv_heads, 8], 3);
-            let of = |form, causal: &Causal| attention(form, [&q, &k, &v], causal, None);
+            let of = |form: Form, causal: &Causal| attention(form.into(), [&q, &k, &v], causal, None);
             let causal =
                 |form| Causal::new(form, [examples, heads], keys - queries, queries, &Device::Cpu).unwrap();
             for form in [Form::Host, Form::Device] {

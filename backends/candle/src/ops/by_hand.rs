@@ -4,6 +4,7 @@
 //! result comes from candle's own operations on detached tensors; wrapping it here puts it into the graph.
 //! Where nothing is traced, the result stays as it is.
 
+use super::Graph;
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape, Storage,
@@ -23,51 +24,45 @@ struct ByHand<const N: usize> {
 
 /// `result` as an operation on `x`.
 pub fn op1(
+    graph: Graph<'_>,
     name: &'static str,
     x: &Tensor,
     result: Tensor,
     backward: impl Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    match x.track_op() {
-        true => {
-            let backward: Backward<1> = Box::new(move |[x], grad| Ok([backward(x, grad)?]));
-            x.apply_op1(ByHand { name, result: Mutex::new(Some(own(result)?)), backward })
-        }
-        false => Ok(result),
+    if graph.tape.is_none() && !x.track_op() {
+        return Ok(result);
     }
+    let backward: Backward<1> = Box::new(move |[x], grad| Ok([backward(x, grad)?]));
+    graph.op1(x, ByHand::new(name, result, backward)?)
 }
 
 /// `result` as an operation on `a` and `b`.
 pub fn op2(
+    graph: Graph<'_>,
     name: &'static str,
-    [a, b]: [&Tensor; 2],
+    args: [&Tensor; 2],
     result: Tensor,
     backward: impl Fn([&Tensor; 2], &Tensor) -> Result<[Tensor; 2]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    match a.track_op() || b.track_op() {
-        true => a.apply_op2(
-            b,
-            ByHand { name, result: Mutex::new(Some(own(result)?)), backward: Box::new(backward) },
-        ),
-        false => Ok(result),
+    if graph.tape.is_none() && !args.iter().any(|x| x.track_op()) {
+        return Ok(result);
     }
+    graph.op2(args, ByHand::new(name, result, Box::new(backward))?)
 }
 
 /// `result` as an operation on `a`, `b` and `c`.
 pub fn op3(
+    graph: Graph<'_>,
     name: &'static str,
-    [a, b, c]: [&Tensor; 3],
+    args: [&Tensor; 3],
     result: Tensor,
     backward: impl Fn([&Tensor; 3], &Tensor) -> Result<[Tensor; 3]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    match a.track_op() || b.track_op() || c.track_op() {
-        true => a.apply_op3(
-            b,
-            c,
-            ByHand { name, result: Mutex::new(Some(own(result)?)), backward: Box::new(backward) },
-        ),
-        false => Ok(result),
+    if graph.tape.is_none() && !args.iter().any(|x| x.track_op()) {
+        return Ok(result);
     }
+    graph.op3(args, ByHand::new(name, result, Box::new(backward))?)
 }
 
 /// A tensor whose storage begins with its elements in order, as a copy of the storage needs it.
@@ -81,6 +76,10 @@ fn own(result: Tensor) -> Result<Tensor> {
 }
 
 impl<const N: usize> ByHand<N> {
+    fn new(name: &'static str, result: Tensor, backward: Backward<N>) -> Result<Self> {
+        Ok(Self { name, result: Mutex::new(Some(own(result)?)), backward })
+    }
+
     fn copy<S: BackendStorage>(&self, of: fn(&Storage) -> Option<&S>) -> Result<(S, Shape)> {
         let Some(result) = self.result.lock().ok().and_then(|mut result| result.take()) else {
             bail!("{} runs once only", self.name)

@@ -10,14 +10,16 @@ mod rms_norm;
 mod rope;
 mod sum;
 mod swiglu;
+mod tape;
 
 pub use attention::{Causal, attention};
 pub use rms_norm::rms_norm;
 pub use rope::{RopeTables, rope};
 pub use sum::{add, with_gradient};
 pub use swiglu::swiglu;
+pub use tape::Tape;
 
-use candle_core::Device;
+use candle_core::{CustomOp1, CustomOp2, CustomOp3, Device, Result, Shape, Tensor};
 
 /// How operations are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +38,50 @@ impl Form {
         match device {
             Device::Cpu => Self::Host,
             Device::Cuda(_) | Device::Metal(_) => Self::Device,
+        }
+    }
+}
+
+/// How operations are computed, and where they are traced.
+#[derive(Clone, Copy)]
+pub struct Graph<'a> {
+    pub form: Form,
+    /// On the CPU. Without one candle traces for itself, as it always does in the other forms.
+    pub tape: Option<&'a Tape>,
+}
+
+impl From<Form> for Graph<'_> {
+    fn from(form: Form) -> Self {
+        Self { form, tape: None }
+    }
+}
+
+impl Graph<'_> {
+    pub fn reshape(self, x: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
+        match self.tape {
+            Some(tape) => tape.reshape(x, shape.into()),
+            None => x.reshape(shape.into()),
+        }
+    }
+
+    pub fn op1(self, x: &Tensor, op: impl CustomOp1 + Send + Sync + 'static) -> Result<Tensor> {
+        match self.tape {
+            Some(tape) => tape.op1(x, op),
+            None => x.apply_op1(op),
+        }
+    }
+
+    pub fn op2(self, [a, b]: [&Tensor; 2], op: impl CustomOp2 + Send + Sync + 'static) -> Result<Tensor> {
+        match self.tape {
+            Some(tape) => tape.op2([a, b], op),
+            None => a.apply_op2(b, op),
+        }
+    }
+
+    pub fn op3(self, [a, b, c]: [&Tensor; 3], op: impl CustomOp3 + Send + Sync + 'static) -> Result<Tensor> {
+        match self.tape {
+            Some(tape) => tape.op3([a, b, c], op),
+            None => a.apply_op3(b, c, op),
         }
     }
 }

@@ -1,16 +1,16 @@
 //! Root mean square layer normalisation (Zhang and Sennrich 2019) with a frozen weight.
 
-use super::{Form, by_hand};
+use super::{Form, Graph, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor};
 use evalfw_kernels::dot;
 use evalfw_kernels::filled::filled;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, in f32.
-pub fn rms_norm(form: Form, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    match form {
-        Form::Host => x.contiguous()?.apply_op1(RmsNorm { weight: weight.clone(), eps: eps as f32 }),
-        Form::Device => fused(x, weight, eps),
+pub fn rms_norm(graph: Graph<'_>, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    match graph.form {
+        Form::Host => graph.op1(x, RmsNorm { weight: weight.clone(), eps: eps as f32 }),
+        Form::Device => fused(graph, x, weight, eps),
         Form::Stock => composed(x, weight, eps),
     }
 }
@@ -20,11 +20,11 @@ fn composed(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     x.broadcast_div(&norm)?.broadcast_mul(weight)
 }
 
-fn fused(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+fn fused(graph: Graph<'_>, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let x = x.contiguous()?;
     let result = candle_nn::ops::rms_norm(&x, weight, eps as f32)?;
     let weight = weight.clone();
-    by_hand::op1("rms-norm", &x, result, move |x, grad| {
+    by_hand::op1(graph, "rms-norm", &x, result, move |x, grad| {
         #[cfg(feature = "cuda")]
         if x.device().is_cuda() {
             return crate::cuda::rms_norm_backward(&x.contiguous()?, &weight, grad, eps);
@@ -98,7 +98,7 @@ mod tests {
     fn all_forms_are_alike() {
         let x = var(&[5, 37], 1);
         let weight = var(&[37], 2).as_detached_tensor();
-        let of = |form| rms_norm(form, &x, &weight, 1e-3);
+        let of = |form: Form| rms_norm(form.into(), &x, &weight, 1e-3);
         for form in [Form::Host, Form::Device] {
             assert_alike(&[&x], || of(form), || of(Form::Stock));
         }

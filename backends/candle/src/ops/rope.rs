@@ -1,6 +1,6 @@
 //! Rotary positions in the half-split form: element i is rotated with element i + dim / 2.
 
-use super::{Form, by_hand};
+use super::{Form, Graph, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 use candle_nn::rotary_emb::rope_thd;
@@ -23,20 +23,20 @@ impl RopeTables {
 }
 
 /// Rotates `x` `[examples, positions, heads, dim]`.
-pub fn rope(form: Form, x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
-    match form {
-        Form::Host => x.contiguous()?.apply_op1(Rope { tables: tables.clone() }),
-        Form::Device => fused(x, tables),
+pub fn rope(graph: Graph<'_>, x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
+    match graph.form {
+        Form::Host => graph.op1(x, Rope { tables: tables.clone() }),
+        Form::Device => fused(graph, x, tables),
         Form::Stock => composed(x, tables),
     }
 }
 
-fn fused(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
+fn fused(graph: Graph<'_>, x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
     let x = x.contiguous()?;
     let result = rope_thd(&x, &tables.cos, &tables.sin)?;
     let tables = tables.clone();
     // Back by the same angle.
-    by_hand::op1("rope", &x, result, move |_, grad| rope_thd(grad, &tables.cos, &tables.sin.neg()?))
+    by_hand::op1(graph, "rope", &x, result, move |_, grad| rope_thd(grad, &tables.cos, &tables.sin.neg()?))
 }
 
 fn composed(x: &Tensor, tables: &RopeTables) -> Result<Tensor> {
@@ -107,7 +107,7 @@ mod tests {
         let x = var(&[2, 5, 3, 8], 1);
         let tables = RopeTables::new(100.0, 8, 7, 5, &Device::Cpu).unwrap();
         for form in [Form::Host, Form::Device] {
-            assert_alike(&[&x], || rope(form, &x, &tables), || rope(Form::Stock, &x, &tables));
+            assert_alike(&[&x], || rope(form.into(), &x, &tables), || rope(Form::Stock.into(), &x, &tables));
         }
     }
 }

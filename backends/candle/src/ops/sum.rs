@@ -1,17 +1,22 @@
 //! Sums, and the end of a graph, on the CPU without candle's own loops over elements: their threads wait in
 //! a spin beside rayon's, and take turns with them.
 
-use super::{Form, by_hand};
+use super::{Form, Graph, by_hand};
 use crate::values::stored;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use evalfw_kernels::filled::{PIECE, filled};
 
 /// `a + b` of the same shape.
-pub fn add(form: Form, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    match form {
-        Form::Host => a.contiguous()?.apply_op2(&b.contiguous()?, Add),
+pub fn add(graph: Graph<'_>, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    match graph.form {
+        Form::Host => graph.op2([a, b], Add),
         Form::Device | Form::Stock => a + b,
     }
+}
+
+/// The same on the CPU, untraced.
+pub fn sum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &Add)
 }
 
 struct Add;
@@ -53,7 +58,7 @@ pub fn with_gradient(form: Form, x: &Tensor, gradient: Tensor) -> Result<Tensor>
     match form {
         Form::Host | Form::Device => {
             let nothing = Tensor::zeros((), x.dtype(), x.device())?;
-            by_hand::op1("seed", x, nothing, move |_, _| Ok(gradient.clone()))
+            by_hand::op1(form.into(), "seed", x, nothing, move |_, _| Ok(gradient.clone()))
         }
         Form::Stock => (x * gradient)?.sum_all(),
     }
@@ -67,7 +72,7 @@ mod tests {
     #[test]
     fn all_forms_are_alike() {
         let (a, b) = (var(&[7, 19], 1), var(&[7, 19], 2));
-        assert_alike(&[&a, &b], || add(Form::Host, &a, &b), || add(Form::Stock, &a, &b));
+        assert_alike(&[&a, &b], || add(Form::Host.into(), &a, &b), || add(Form::Stock.into(), &a, &b));
     }
 
     #[test]

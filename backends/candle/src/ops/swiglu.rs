@@ -1,6 +1,6 @@
 //! The gated activation of the MLP (Shazeer 2020).
 
-use super::{Form, by_hand};
+use super::{Form, Graph, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
 use evalfw_kernels::elementwise::{self, Gradients};
@@ -8,17 +8,17 @@ use evalfw_kernels::filled::{PIECE, filled, zeros};
 use rayon::prelude::*;
 
 /// `silu(gate) · up`
-pub fn swiglu(form: Form, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    match form {
-        Form::Host => gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu),
-        Form::Device => fused(gate, up),
+pub fn swiglu(graph: Graph<'_>, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    match graph.form {
+        Form::Host => graph.op2([gate, up], SwiGlu),
+        Form::Device => fused(graph, gate, up),
         Form::Stock => gate.silu()? * up,
     }
 }
 
-fn fused(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+fn fused(graph: Graph<'_>, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let result = (gate.detach().silu()? * up.detach())?;
-    by_hand::op2("swiglu", [gate, up], result, |[gate, up], grad| {
+    by_hand::op2(graph, "swiglu", [gate, up], result, |[gate, up], grad| {
         #[cfg(feature = "cuda")]
         if gate.device().is_cuda() {
             return crate::cuda::swiglu_backward(&gate.contiguous()?, &up.contiguous()?, grad);
@@ -84,7 +84,11 @@ mod tests {
     fn all_forms_are_alike() {
         let (gate, up) = (var(&[7, 19], 1), var(&[7, 19], 2));
         for form in [Form::Host, Form::Device] {
-            assert_alike(&[&gate, &up], || swiglu(form, &gate, &up), || swiglu(Form::Stock, &gate, &up));
+            assert_alike(
+                &[&gate, &up],
+                || swiglu(form.into(), &gate, &up),
+                || swiglu(Form::Stock.into(), &gate, &up),
+            );
         }
     }
 }
