@@ -95,12 +95,13 @@ fn vectors(criterion: &mut Criterion) {
         Weight::Nf4(tensor) => tensor.bytes(),
         Weight::Dense(tensor) => 2 * tensor.shape[0] * tensor.shape[1],
     };
-    for (name, weights) in [
-        ("nf4", (0..64).map(|_| nf4(shape)).collect::<Vec<_>>()),
-        ("bf16", (0..32).map(dense).collect::<Vec<_>>()),
+    for (name, weights, products) in [
+        ("nf4", (0..64).map(|_| nf4(shape)).collect::<Vec<_>>(), Products::F32),
+        ("nf4, products of bf16", (0..64).map(|_| nf4(shape)).collect(), Products::Bf16),
+        ("bf16", (0..32).map(dense).collect(), Products::F32),
     ] {
         let bytes: usize = weights.iter().map(bytes_of).sum();
-        let matrices: Vec<_> = weights.into_iter().map(|w| HostMatrix::new(w, Products::F32)).collect();
+        let matrices: Vec<_> = weights.into_iter().map(|w| HostMatrix::new(w, products)).collect();
         let x = vec![0.5; shape[1]];
         let mut out = vec![0.0; shape[0]];
         let mut all = || matrices.iter().for_each(|matrix| matrix.add_product(&x, &mut out));
@@ -121,19 +122,18 @@ fn matrices(criterion: &mut Criterion) {
             let matrix = HostMatrix::new(nf4(shape), products);
             let x = vec![0.5; rows * shape[1]];
             let y = vec![0.5; rows * shape[0]];
-            let (mut out, mut of_x) = (y.clone(), x.clone());
             let operations = 2 * rows * shape[0] * shape[1];
             let id = format!("{}x{}x{rows}", shape[0], shape[1]);
             let share = |seconds: f64| 100.0 * operations as f64 / seconds / rate;
-            let forward = share(median(|| matrix.add_product(&x, &mut out)));
-            let backward = share(median(|| matrix.add_transposed_product(&y, &mut of_x)));
+            let forward = share(median(|| drop(black_box(matrix.product(&x, None)))));
+            let backward = share(median(|| drop(black_box(matrix.transposed_product(&y)))));
             println!("matrix-{name}/{id}: {forward:.0} % of the f32 matrix rate, backward {backward:.0} %");
             group.throughput(Throughput::Elements(operations as u64));
             group.bench_function(BenchmarkId::new("forward", &id), |bench| {
-                bench.iter(|| matrix.add_product(&x, &mut out));
+                bench.iter(|| matrix.product(&x, None));
             });
             group.bench_function(BenchmarkId::new("backward", &id), |bench| {
-                bench.iter(|| matrix.add_transposed_product(&y, &mut of_x));
+                bench.iter(|| matrix.transposed_product(&y));
             });
         }
     }

@@ -120,16 +120,9 @@ impl Frozen {
     /// `x Wᵀ + b` on the CPU.
     fn forward_on_host(&self, x: &[f32]) -> Result<Vec<f32>> {
         let FrozenMatrix::Host(matrix) = &self.matrix else { bail!("the matrix is not on the host") };
-        let [out_features, in_features] = matrix.shape();
         let bias = self.bias.as_ref().map(CpuValues::new).transpose()?;
         let bias = bias.as_ref().map(CpuValues::slice).transpose()?;
-        let mut out = filled(x.len() / in_features * out_features, out_features, |_, row| {
-            if let Some(bias) = bias {
-                row.copy_from_slice(bias);
-            }
-        });
-        matrix.add_product(x, &mut out);
-        Ok(out)
+        Ok(matrix.product(x, bias))
     }
 }
 
@@ -239,6 +232,13 @@ fn multiply(values: &mut [f32], factors: &[f32]) {
     });
 }
 
+fn add_masked(sum: &mut [f32], values: &[f32], mask: &[f32]) {
+    let values = values.par_chunks(PIECE).zip(mask.par_chunks(PIECE));
+    sum.par_chunks_mut(PIECE).zip(values).for_each(|(sum, (values, mask))| {
+        sum.iter_mut().zip(values.iter().zip(mask)).for_each(|(sum, (value, mask))| *sum += value * mask);
+    });
+}
+
 /// `a · b` for row-major results with `width` columns.
 fn product(width: usize, factor: f64, a: View<'_>, b: View<'_>) -> Vec<f32> {
     let mut out = zeros(a.height() * width);
@@ -302,11 +302,11 @@ impl CustomOp3 for LoraOp {
         let of_inner = product(r, self.scale, grad, View::new(b_values.slice()?, r));
         let of_inner = View::new(&of_inner, r);
         let of_a = product(in_features, 1.0, of_inner.t(), input);
-        let mut of_x = product(in_features, 1.0, of_inner, a_view);
-        if let Some((_, mask)) = &masked {
-            multiply(&mut of_x, mask);
+        let mut of_x = matrix.transposed_product(grad_values);
+        match &masked {
+            Some((_, mask)) => add_masked(&mut of_x, &product(in_features, 1.0, of_inner, a_view), mask),
+            None => add_product(ViewMut::new(&mut of_x, in_features), 1.0, of_inner, a_view, Threads::All),
         }
-        matrix.add_transposed_product(grad_values, &mut of_x);
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu).map(Some);
         let of_b = Tensor::from_vec(of_b, (r, out_features), &Device::Cpu)?.t()?.contiguous()?;
         Ok((tensor(of_x, x)?, tensor(of_a, a)?, Some(of_b)))

@@ -5,7 +5,6 @@ use crate::matrix::{FrozenMatrix, HostMatrix};
 use crate::values::CpuValues;
 use candle_core::{D, Device, Result, Tensor, bail};
 use evalfw_kernels::elementwise::exponentials;
-use evalfw_kernels::filled::zeros;
 use rayon::prelude::*;
 
 /// Bytes of the logits that exist at a time: 128 rows of Qwen's vocabulary. Fewer rows would save memory,
@@ -81,8 +80,7 @@ fn host_logits(
     weight: Option<f64>,
 ) -> Result<(f64, Vec<f32>)> {
     let [vocab_size, _] = head.shape();
-    let mut logits = zeros(targets.len() * vocab_size);
-    head.add_product(CpuValues::new(hidden)?.slice()?, &mut logits);
+    let mut logits = head.product(CpuValues::new(hidden)?.slice()?, None);
     let losses = logits.par_chunks_mut(vocab_size).zip(targets).map(|(row, &target)| {
         let of_target = row[target as usize];
         let (max, sum) = exponentials(row);

@@ -8,6 +8,8 @@ use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
 use evalfw_engine::weights::{DenseData, Weight};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::sync::OnceLock;
 
 /// `[out_features, in_features]`, or `[vocab_size, hidden_size]`, in the form in which it is stored.
@@ -56,17 +58,24 @@ impl HostMatrix {
         self.shape
     }
 
-    /// `out += x · Wᵀ` for row-major `x` `[rows, in_features]`.
-    pub fn add_product(&self, x: &[f32], out: &mut [f32]) {
-        match x.len() == self.shape[1] {
-            true => vector::add_product(self, x, out),
-            false => product::add_product(self, x, out),
+    /// `x · Wᵀ + bias` `[rows, out_features]` for row-major `x` `[rows, in_features]`.
+    pub fn product(&self, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+        if x.len() != self.shape[1] {
+            return product::product(self, x, bias);
         }
+        let mut out = bias.map_or_else(|| vec![0.0; self.shape[0]], <[f32]>::to_vec);
+        vector::add_product(self, x, &mut out);
+        out
     }
 
-    /// `out += y · W` for row-major `y` `[rows, out_features]`.
-    pub fn add_transposed_product(&self, y: &[f32], out: &mut [f32]) {
-        product::add_transposed_product(self, y, out);
+    /// `y · W` `[rows, in_features]` for row-major `y` `[rows, out_features]`.
+    pub fn transposed_product(&self, y: &[f32]) -> Vec<f32> {
+        product::transposed_product(self, y)
+    }
+
+    /// `out += W · x` for one row of activations.
+    pub fn add_product(&self, x: &[f32], out: &mut [f32]) {
+        vector::add_product(self, x, out);
     }
 
     /// The first row whose product with `x` is the largest; `None` if a product is not a number.
@@ -90,6 +99,20 @@ impl HostMatrix {
             Elements::Bf16(values) => Some(&values[start..start + len]),
             _ => None,
         }
+    }
+
+    /// Begins to fetch elements that are stored in bf16 and will be read soon. They need not be there.
+    pub(crate) fn prefetch_stored(&self, start: usize, len: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if let Elements::Bf16(values) = &self.elements {
+            const LINE: usize = 64 / size_of::<bf16>();
+            for start in (start..start + len).step_by(LINE) {
+                // SAFETY: a prefetch reads nothing that the program sees, wherever it points.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(start).cast()) };
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (start, len);
     }
 
     /// Widens the elements from `start` in the order of their storage.

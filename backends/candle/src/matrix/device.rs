@@ -232,10 +232,8 @@ mod tests {
                 for rows in [1, 3, 20] {
                     let x: Vec<f32> = (0..rows * shape[1]).map(|i| (i as f32 * 0.37).cos()).collect();
                     let y: Vec<f32> = (0..rows * shape[0]).map(|i| (i as f32 * 0.53).cos()).collect();
-                    let mut product = vec![0.0; rows * shape[0]];
-                    host.add_product(&x, &mut product);
-                    let mut transposed = vec![0.0; rows * shape[1]];
-                    host.add_transposed_product(&y, &mut transposed);
+                    let product = host.product(&x, None);
+                    let transposed = host.transposed_product(&y);
                     let x = Tensor::from_vec(x, (rows, shape[1]), &Device::Cpu).unwrap();
                     let y = Tensor::from_vec(y, (rows, shape[0]), &Device::Cpu).unwrap();
                     assert_close(&product, &device.product(&x).unwrap());

@@ -18,7 +18,6 @@ use crate::values::CpuValues;
 use candle_core::{Device, Result, Tensor, bail};
 use evalfw_engine::weights::Weight;
 use evalfw_kernels::Products;
-use evalfw_kernels::filled::zeros;
 
 /// `[out_features, in_features]`, or `[vocab_size, hidden_size]`.
 pub enum FrozenMatrix {
@@ -59,9 +58,7 @@ impl FrozenMatrix {
             Self::Host(matrix) => {
                 let x = CpuValues::new(x)?;
                 check_width(x.slice()?.len(), rows * in_features)?;
-                let mut out = zeros(rows * out_features);
-                matrix.add_product(x.slice()?, &mut out);
-                Tensor::from_vec(out, (rows, out_features), &Device::Cpu)
+                Tensor::from_vec(matrix.product(x.slice()?, None), (rows, out_features), &Device::Cpu)
             }
             Self::Device(matrix) => matrix.product(&x.detach()),
             Self::Native(matrix) => matrix.product(&x.detach()),
@@ -98,9 +95,7 @@ impl FrozenMatrix {
             Self::Host(matrix) => {
                 let y = CpuValues::new(y)?;
                 check_width(y.slice()?.len(), rows * out_features)?;
-                let mut out = zeros(rows * in_features);
-                matrix.add_transposed_product(y.slice()?, &mut out);
-                Tensor::from_vec(out, (rows, in_features), &Device::Cpu)
+                Tensor::from_vec(matrix.transposed_product(y.slice()?), (rows, in_features), &Device::Cpu)
             }
             Self::Device(matrix) => matrix.transposed_product(&y.detach()),
             Self::Native(matrix) => matrix.transposed_product(&y.detach()),

@@ -155,17 +155,19 @@ mod avx512 {
     }
 
     /// Multiples of 16 values.
-    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub fn join(first: &[f32], second: &[f32], lanes: &mut [Pair]) {
+        // Of 32 halves the first 16 come into the low halves of the lanes, the others into the high ones.
+        let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
+        // SAFETY: there are 32 indices.
+        let interleave = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
         let rows = first.as_chunks::<16>().0.iter().zip(second.as_chunks::<16>().0);
         for ((first, second), lanes) in rows.zip(lanes.as_chunks_mut::<16>().0) {
             // SAFETY: 16 of each are read and written; the types have the same bits.
             unsafe {
-                let half = |values: &[f32; 16]| -> __m512i {
-                    let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(values.as_ptr()));
-                    _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(rounded))
-                };
-                let pairs = _mm512_or_si512(half(first), _mm512_slli_epi32::<16>(half(second)));
+                let [first, second] = [first, second].map(|values| _mm512_loadu_ps(values.as_ptr()));
+                let halves: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(second, first));
+                let pairs = _mm512_permutexvar_epi16(interleave, halves);
                 _mm512_storeu_si512(lanes.as_mut_ptr().cast(), pairs);
             }
         }

@@ -1,10 +1,10 @@
 //! A matrix times many rows of activations.
 //!
-//! Both products are one: `out[i, c] += Σ_d x[i, d] · w(d, c)`, where the depth `d` is the input of the
+//! Both products are one: `out[i, c] = Σ_d x[i, d] · w(d, c)`, where the depth `d` is the input of the
 //! layer and `c` its output, or for a gradient the other way round. The rows `i` lie in the lanes of the
 //! vector registers, in panels that are packed once ([`pack`]). A task owns some columns: it widens its
-//! weights a tile at a time, multiplies the tile by all panels ([`strip`]), and adds its sums to `out` at
-//! the end. No weight is widened twice, no two tasks write to one place, and there is one barrier.
+//! weights a tile at a time, multiplies the tile by all panels ([`strip`]), and writes its sums to the
+//! result at the end. No weight is widened twice, no two tasks write to one place, and there is one barrier.
 
 mod lane;
 mod pack;
@@ -28,42 +28,49 @@ const COLUMNS: usize = 192;
 /// the same sets of the cache.
 const COLUMN_STRIDE: usize = DEPTH + 16;
 
-/// `out += x · Wᵀ` for row-major `x` `[rows, in_features]`.
-pub fn add_product(matrix: &HostMatrix, x: &[f32], out: &mut [f32]) {
-    run::<false>(matrix, x, out);
+/// Rows of a dense matrix by which a strided read is fetched ahead: the CPU does not see where it goes.
+const AHEAD: usize = 16;
+
+/// `x · Wᵀ + bias` for row-major `x` `[rows, in_features]`.
+pub fn product(matrix: &HostMatrix, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+    run::<false>(matrix, x, bias)
 }
 
-/// `out += y · W` for row-major `y` `[rows, out_features]`.
-pub fn add_transposed_product(matrix: &HostMatrix, y: &[f32], out: &mut [f32]) {
-    run::<true>(matrix, y, out);
+/// `y · W` for row-major `y` `[rows, out_features]`.
+pub fn transposed_product(matrix: &HostMatrix, y: &[f32]) -> Vec<f32> {
+    run::<true>(matrix, y, None)
 }
 
-fn run<const TRANSPOSED: bool>(matrix: &HostMatrix, x: &[f32], out: &mut [f32]) {
+fn run<const TRANSPOSED: bool>(matrix: &HostMatrix, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     match (level(), matrix.products) {
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx512, Products::Bf16) => run_on::<strip::Avx512Bf16, TRANSPOSED>(matrix, x, out),
+        (Level::Avx512, Products::Bf16) => run_on::<strip::Avx512Bf16, TRANSPOSED>(matrix, x, bias),
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx512, Products::F32) => run_on::<strip::Avx512, TRANSPOSED>(matrix, x, out),
+        (Level::Avx512, Products::F32) => run_on::<strip::Avx512, TRANSPOSED>(matrix, x, bias),
         #[cfg(target_arch = "x86_64")]
-        (Level::Avx2, _) => run_on::<strip::Avx2, TRANSPOSED>(matrix, x, out),
+        (Level::Avx2, _) => run_on::<strip::Avx2, TRANSPOSED>(matrix, x, bias),
         #[cfg(target_arch = "aarch64")]
-        (Level::Neon, _) => run_on::<strip::Neon, TRANSPOSED>(matrix, x, out),
-        _ => run_on::<Portable, TRANSPOSED>(matrix, x, out),
+        (Level::Neon, _) => run_on::<strip::Neon, TRANSPOSED>(matrix, x, bias),
+        _ => run_on::<Portable, TRANSPOSED>(matrix, x, bias),
     }
 }
 
-fn run_on<K: Kernel, const TRANSPOSED: bool>(matrix: &HostMatrix, x: &[f32], out: &mut [f32]) {
+fn run_on<K: Kernel, const TRANSPOSED: bool>(
+    matrix: &HostMatrix,
+    x: &[f32],
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
     let [out_features, in_features] = matrix.shape();
     let (depth, width) = if TRANSPOSED { (out_features, in_features) } else { (in_features, out_features) };
     let rows = x.len() / depth;
-    assert_eq!((x.len(), out.len()), (rows * depth, rows * width));
-    if out.is_empty() {
-        return;
-    }
+    assert_eq!((x.len(), bias.map_or(width, <[f32]>::len)), (rows * depth, width));
     let packed: Vec<K::Lane> = pack::panels(x, depth, K::LANES);
     let panels = rows.div_ceil(K::LANES);
     let panel_size = depth.div_ceil(K::Lane::DEPTHS) * K::LANES;
-    let step = columns_of_a_task(width, if TRANSPOSED { BLOCK } else { K::COLUMNS });
+    // Along a row NF4 is widened in whole blocks.
+    let (unit, least) = if TRANSPOSED { (BLOCK, BLOCK) } else { (1, K::COLUMNS) };
+    let step = columns_of_a_task(width, unit, least);
+    let mut out = Vec::with_capacity(rows * width);
     let destination = Destination { start: out.as_mut_ptr(), rows, width };
     (0..width.div_ceil(step)).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
         let columns = task * step..width.min((task + 1) * step);
@@ -78,9 +85,24 @@ fn run_on<K: Kernel, const TRANSPOSED: bool>(matrix: &HostMatrix, x: &[f32], out
                 multiply_tile::<K, TRANSPOSED>(panel, &scratch.tile, columns.len(), sums);
             }
         }
+        if let Some(bias) = bias {
+            add_bias(&mut scratch.sums, &bias[columns.clone()], K::LANES, step);
+        }
         // SAFETY: no other task has these columns, and `out` outlives all tasks.
-        unsafe { destination.add(columns, &scratch.sums, K::LANES, step) };
+        unsafe { destination.put(columns, &scratch.sums, K::LANES, step) };
     });
+    // SAFETY: the columns of the tasks are all columns.
+    unsafe { out.set_len(rows * width) };
+    out
+}
+
+/// `sums` is `[panels, step, lanes]`.
+fn add_bias(sums: &mut [f32], bias: &[f32], lanes: usize, step: usize) {
+    for panel in sums.chunks_mut(step * lanes) {
+        for (sums, bias) in panel.chunks_mut(lanes).zip(bias) {
+            sums.iter_mut().for_each(|sum| *sum += bias);
+        }
+    }
 }
 
 /// All strips of one panel with one tile. `sums` is `[columns, lanes]`.
@@ -98,10 +120,13 @@ fn multiply_tile<K: Kernel, const TRANSPOSED: bool>(
     }
 }
 
-/// So many that every thread gets several tasks, and that the tile stays in the cache.
-fn columns_of_a_task(width: usize, unit: usize) -> usize {
-    let tasks = 8 * rayon::current_num_threads();
-    width.div_ceil(tasks).next_multiple_of(unit).min(COLUMNS / unit * unit)
+/// So many that the tile stays in the cache, and that every thread gets the same number of tasks, several of
+/// them. A task begins at a multiple of `unit`, and is worth its price from `least` columns on.
+fn columns_of_a_task(width: usize, unit: usize, least: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    let columns = width.div_ceil(8 * threads).clamp(least, COLUMNS);
+    let tasks = width.div_ceil(columns).next_multiple_of(threads);
+    width.div_ceil(tasks).next_multiple_of(unit)
 }
 
 /// Memory that a thread keeps from one task to the next.
@@ -135,6 +160,8 @@ impl<L: Lane> Scratch<L> {
                 matrix.widen(row * in_features + columns.start, wide);
             };
             for (row, lanes) in depth.clone().step_by(L::DEPTHS).zip(self.tile.chunks_mut(COLUMNS)) {
+                matrix.prefetch_stored((row + AHEAD) * in_features + columns.start, columns.len());
+                matrix.prefetch_stored((row + AHEAD + 1) * in_features + columns.start, columns.len());
                 let stored =
                     |row: usize| matrix.stored_bf16(row * in_features + columns.start, columns.len());
                 if row + 1 < depth.end
@@ -164,45 +191,39 @@ impl<L: Lane> Scratch<L> {
     }
 }
 
-/// A row-major matrix to which tasks add their columns.
+/// The memory of a row-major matrix to which tasks write their columns.
 struct Destination {
     start: *mut f32,
     rows: usize,
     width: usize,
 }
 
-// SAFETY: whoever calls `add` sees to it that no two threads write to one place.
+// SAFETY: whoever calls `put` sees to it that no two threads write to one place.
 unsafe impl Sync for Destination {}
 
 impl Destination {
-    /// Adds `sums`, `[panels, step, lanes]`, to the columns.
+    /// Writes `sums`, `[panels, step, lanes]`, as the columns.
     ///
     /// # Safety
-    /// The matrix is there, and nobody else reads or writes these columns.
-    unsafe fn add(&self, columns: Range<usize>, sums: &[f32], lanes: usize, step: usize) {
+    /// The memory is there, and nobody else reads or writes these columns.
+    unsafe fn put(&self, columns: Range<usize>, sums: &[f32], lanes: usize, step: usize) {
         // SAFETY: by the contract of this function.
-        let turned = unsafe { self.add_squares(&columns, sums, lanes, step) };
+        let turned = unsafe { self.put_squares(&columns, sums, lanes, step) };
         for row in 0..self.rows {
             let sums = &sums[row / lanes * lanes * step + row % lanes..];
             let done = if row < turned.rows { turned.columns } else { 0 };
-            // SAFETY: by the contract of this function, and row and columns are within the matrix.
-            let out = unsafe {
-                std::slice::from_raw_parts_mut(
-                    self.start.add(row * self.width + columns.start),
-                    columns.len(),
-                )
-            };
-            for (out, sum) in out.iter_mut().zip(sums.iter().step_by(lanes)).skip(done) {
-                *out += sum;
+            for (column, sum) in columns.clone().zip(sums.iter().step_by(lanes)).skip(done) {
+                // SAFETY: by the contract of this function, and row and column are within the matrix.
+                unsafe { self.start.add(row * self.width + column).write(*sum) };
             }
         }
     }
 
-    /// Adds whole squares, where the CPU turns them in registers, and says how far they reach.
+    /// Writes whole squares, where the CPU turns them in registers, and says how far they reach.
     ///
     /// # Safety
-    /// As of [`add`](Self::add).
-    unsafe fn add_squares(&self, columns: &Range<usize>, sums: &[f32], lanes: usize, step: usize) -> Turned {
+    /// As of [`put`](Self::put).
+    unsafe fn put_squares(&self, columns: &Range<usize>, sums: &[f32], lanes: usize, step: usize) -> Turned {
         #[cfg(target_arch = "x86_64")]
         if level() == Level::Avx512 && lanes.is_multiple_of(transpose::SIDE) {
             let whole = |n: usize| n / transpose::SIDE * transpose::SIDE;
@@ -215,7 +236,7 @@ impl Destination {
                     // the instructions of the level.
                     unsafe {
                         let to = self.start.add(row * self.width + columns.start + column);
-                        transpose::add_transposed(from.as_ptr(), lanes, to, self.width);
+                        transpose::copy_transposed(from.as_ptr().cast(), lanes, to.cast(), self.width);
                     }
                 }
             }
@@ -226,7 +247,7 @@ impl Destination {
     }
 }
 
-/// What has been added in squares: the first rows, of each the first columns.
+/// What has been written in squares: the first rows, of each the first columns.
 struct Turned {
     rows: usize,
     columns: usize,
@@ -262,8 +283,7 @@ mod tests {
     fn assert_close(got: &[f32], expected: &[f64], tolerance: f64) {
         assert_eq!(got.len(), expected.len());
         for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
-            // Every sum began with 1.
-            let difference = (f64::from(*got) - 1.0 - expected).abs();
+            let difference = (f64::from(*got) - expected).abs();
             assert!(difference <= tolerance, "{i}: {got} {expected}");
         }
     }
@@ -285,14 +305,16 @@ mod tests {
         let mut weights = vec![0.0; out_features * in_features];
         matrix.widen(0, &mut weights);
         let x = values(rows * in_features, 0.37);
-        let mut out = vec![1.0; rows * out_features];
-        run_on::<K, false>(&matrix, &x, &mut out);
-        let expected = exact(rows, in_features, out_features, &x, |d, c| weights[c * in_features + d]);
+        let bias = values(out_features, 0.21);
+        let out = run_on::<K, false>(&matrix, &x, Some(&bias));
+        let mut expected = exact(rows, in_features, out_features, &x, |d, c| weights[c * in_features + d]);
+        for row in expected.chunks_mut(out_features) {
+            row.iter_mut().zip(&bias).for_each(|(sum, bias)| *sum += f64::from(*bias));
+        }
         assert_close(&out, &expected, tolerance * (in_features as f64).sqrt());
 
         let y = values(rows * out_features, 0.53);
-        let mut out = vec![1.0; rows * in_features];
-        run_on::<K, true>(&matrix, &y, &mut out);
+        let out = run_on::<K, true>(&matrix, &y, None);
         let expected = exact(rows, out_features, in_features, &y, |d, c| weights[d * in_features + c]);
         assert_close(&out, &expected, tolerance * (out_features as f64).sqrt());
     }
