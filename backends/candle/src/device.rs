@@ -52,13 +52,12 @@ fn open_gpu(
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
-        /// The most that glibc takes.
-        const LARGEST_FROM_THE_HEAP: i32 = 32 << 20;
         // SAFETY: these only set a number. A library that refuses it costs time, nothing else.
         unsafe {
             // One heap for all threads: memory that is kept by one would be of no use to the others.
             libc::mallopt(libc::M_ARENA_MAX, 1);
-            libc::mallopt(libc::M_MMAP_THRESHOLD, LARGEST_FROM_THE_HEAP);
+            // None of it from mappings of its own, which would be new pages each time.
+            libc::mallopt(libc::M_MMAP_MAX, 0);
             libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         }
     }

@@ -10,6 +10,7 @@ use evalfw_kernels::elementwise::{narrow_to_bf16, widen_bf16};
 use evalfw_kernels::filled::{PIECE, filled, zeros};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What becomes of the results of a block's large operations.
 #[derive(Clone, Copy)]
@@ -42,6 +43,22 @@ pub enum Known {
 pub struct Results {
     products: Products,
     tensors: RefCell<BTreeMap<Part, Tensor>>,
+    inner: RefCell<BTreeMap<Target, Inner>>,
+}
+
+/// What lies between the factors of an adapter, `[rows, r]`: the forward leaves it for the backward. So narrow
+/// that it is kept in f32, and not counted.
+#[derive(Clone, Default)]
+pub struct Inner(Arc<Mutex<Option<Vec<f32>>>>);
+
+impl Inner {
+    pub fn put(&self, values: Vec<f32>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(values);
+    }
+
+    pub fn take(&self) -> Option<Vec<f32>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 impl Part {
@@ -69,6 +86,16 @@ impl Kept<'_> {
         }
     }
 
+    /// Where the forward of a projection puts what its backward takes.
+    pub fn inner(self, target: Target) -> Inner {
+        match self {
+            Self::Keep(results) | Self::Again(results) => {
+                results.inner.borrow_mut().entry(target).or_default().clone()
+            }
+            Self::No => Inner::default(),
+        }
+    }
+
     /// What need not be computed of a part. A result is given out once.
     pub fn known(self, part: Part) -> Option<Known> {
         match self {
@@ -83,7 +110,7 @@ impl Kept<'_> {
 
 impl Results {
     pub fn new(products: Products) -> Self {
-        Self { products, tensors: RefCell::default() }
+        Self { products, tensors: RefCell::default(), inner: RefCell::default() }
     }
 
     /// Bytes that the results of a block take for `rows` positions.

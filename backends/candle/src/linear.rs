@@ -1,16 +1,15 @@
 //! A frozen linear layer with a LoRA adapter beside it.
 
-use crate::kept::{Known, Part};
-use crate::kernels::product::{Threads, View, ViewMut, add_product};
-use crate::matrix::FrozenMatrix;
+use crate::kept::{Inner, Known, Part};
+use crate::kernels::lora::{self, Factors, Masked};
+use crate::matrix::{FrozenMatrix, HostMatrix};
 use crate::network::Pass;
 use crate::ops::{Form, Graph, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Device, Layout, Result, Shape, Tensor, Var, bail};
 use evalfw_engine::dropout::MaskKey;
 use evalfw_engine::lora::Target;
-use evalfw_kernels::filled::{PIECE, filled, zeros};
-use rayon::prelude::*;
+use evalfw_kernels::filled::{PIECE, filled};
 use std::sync::Arc;
 
 /// One of the seven projections of a block.
@@ -57,6 +56,7 @@ impl Linear {
                 .dropout
                 .map(|dropout| Mask { key: dropout.key(self.layer, self.target), rate: dropout.rate }),
             known: pass.kept.known(Part::Projection(self.target)),
+            inner: pass.kept.inner(self.target),
         };
         let graph = pass.graph();
         match pass.form {
@@ -117,9 +117,16 @@ impl Frozen {
         }
     }
 
+    fn on_host(&self) -> Result<&HostMatrix> {
+        match &self.matrix {
+            FrozenMatrix::Host(matrix) => Ok(matrix),
+            FrozenMatrix::Device(_) | FrozenMatrix::Native(_) => bail!("the matrix is not on the host"),
+        }
+    }
+
     /// `x Wᵀ + b` on the CPU.
     fn forward_on_host(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let FrozenMatrix::Host(matrix) = &self.matrix else { bail!("the matrix is not on the host") };
+        let matrix = self.on_host()?;
         let bias = self.bias.as_ref().map(CpuValues::new).transpose()?;
         let bias = bias.as_ref().map(CpuValues::slice).transpose()?;
         Ok(matrix.product(x, bias))
@@ -152,6 +159,8 @@ struct LoraOp {
     mask: Option<Mask>,
     /// Where the operation has been computed before with the same inputs.
     known: Option<Known>,
+    /// On the CPU, for the backward.
+    inner: Inner,
 }
 
 #[derive(Clone, Copy)]
@@ -217,33 +226,9 @@ impl LoraOp {
         })
     }
 
-    /// `mask ⊙ x`, and the mask.
-    fn masked(&self, x: &[f32]) -> Option<(Vec<f32>, Vec<f32>)> {
-        let mask = self.mask.as_ref()?.values(x.len());
-        let mut masked = mask.clone();
-        multiply(&mut masked, x);
-        Some((masked, mask))
+    fn masked(&self, x: &[f32]) -> Option<Masked> {
+        self.mask.as_ref().map(|mask| Masked::new(mask.values(x.len()), x))
     }
-}
-
-fn multiply(values: &mut [f32], factors: &[f32]) {
-    values.par_chunks_mut(PIECE).zip(factors.par_chunks(PIECE)).for_each(|(values, factors)| {
-        values.iter_mut().zip(factors).for_each(|(value, factor)| *value *= factor);
-    });
-}
-
-fn add_masked(sum: &mut [f32], values: &[f32], mask: &[f32]) {
-    let values = values.par_chunks(PIECE).zip(mask.par_chunks(PIECE));
-    sum.par_chunks_mut(PIECE).zip(values).for_each(|(sum, (values, mask))| {
-        sum.iter_mut().zip(values.iter().zip(mask)).for_each(|(sum, (value, mask))| *sum += value * mask);
-    });
-}
-
-/// `a · b` for row-major results with `width` columns.
-fn product(width: usize, factor: f64, a: View<'_>, b: View<'_>) -> Vec<f32> {
-    let mut out = zeros(a.height() * width);
-    add_product(ViewMut::new(&mut out, width), factor as f32, a, b, Threads::All);
-    out
 }
 
 impl CustomOp3 for LoraOp {
@@ -260,18 +245,18 @@ impl CustomOp3 for LoraOp {
         b: &CpuStorage,
         b_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (rows, in_features) = x_layout.shape().dims2()?;
+        let (rows, _) = x_layout.shape().dims2()?;
         let (out_features, r) = b_layout.shape().dims2()?;
         if let Some(known) = &self.known {
             return Ok((known.on_host(rows * out_features)?, Shape::from((rows, out_features))));
         }
         let (x, a, b) = (stored(x, x_layout)?, stored(a, a_layout)?, stored(b, b_layout)?);
-        let mut out = self.frozen.forward_on_host(x)?;
+        let factors = Factors { a, b, r, scale: self.scale as f32 };
+        let bias = self.frozen.bias.as_ref().map(CpuValues::new).transpose()?;
+        let bias = bias.as_ref().map(CpuValues::slice).transpose()?;
         let masked = self.masked(x);
-        let input = View::new(masked.as_ref().map_or(x, |(masked, _)| masked), in_features);
-        let inner = product(r, 1.0, input, View::new(a, in_features).t());
-        let (inner, b) = (View::new(&inner, r), View::new(b, r));
-        add_product(ViewMut::new(&mut out, out_features), self.scale as f32, inner, b.t(), Threads::All);
+        let (out, inner) = lora::forward(self.frozen.on_host()?, factors, (x, masked.as_ref()), bias);
+        self.inner.put(inner);
         Ok((CpuStorage::F32(out), Shape::from((rows, out_features))))
     }
 
@@ -283,40 +268,26 @@ impl CustomOp3 for LoraOp {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let FrozenMatrix::Host(matrix) = &self.frozen.matrix else { bail!("the matrix is not on the cpu") };
-        let (_, in_features) = x.dims2()?;
         let (out_features, r) = b.dims2()?;
         let grad = grad.contiguous()?;
         let (x_values, a_values, b_values, grad) =
             (CpuValues::new(x)?, CpuValues::new(a)?, CpuValues::new(b)?, CpuValues::new(&grad)?);
-        let grad_values = grad.slice()?;
-        let grad = View::new(grad_values, out_features);
-        let masked = self.masked(x_values.slice()?);
-        let input = masked.as_ref().map_or(x_values.slice()?, |(masked, _)| masked);
-        let input = View::new(input, in_features);
-        let a_view = View::new(a_values.slice()?, in_features);
-
-        let inner = product(r, 1.0, input, a_view.t());
-        // The narrow factor first: the other way round the result has too few columns to fill registers.
-        let of_b = product(out_features, self.scale, View::new(&inner, r).t(), grad);
-        let of_inner = product(r, self.scale, grad, View::new(b_values.slice()?, r));
-        let of_inner = View::new(&of_inner, r);
-        let of_a = product(in_features, 1.0, of_inner.t(), input);
-        let mut of_x = matrix.transposed_product(grad_values);
-        match &masked {
-            Some((_, mask)) => add_masked(&mut of_x, &product(in_features, 1.0, of_inner, a_view), mask),
-            None => add_product(ViewMut::new(&mut of_x, in_features), 1.0, of_inner, a_view, Threads::All),
-        }
+        let x_values = x_values.slice()?;
+        let factors = Factors { a: a_values.slice()?, b: b_values.slice()?, r, scale: self.scale as f32 };
+        let masked = self.masked(x_values);
+        let input = (x_values, masked.as_ref());
+        let gradients =
+            lora::backward(self.frozen.on_host()?, factors, input, self.inner.take(), grad.slice()?);
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu).map(Some);
-        let of_b = Tensor::from_vec(of_b, (r, out_features), &Device::Cpu)?.t()?.contiguous()?;
-        Ok((tensor(of_x, x)?, tensor(of_a, a)?, Some(of_b)))
+        let of_b = Tensor::from_vec(gradients.b, (r, out_features), &Device::Cpu)?.t()?.contiguous()?;
+        Ok((tensor(gradients.x, x)?, tensor(gradients.a, a)?, Some(of_b)))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matrix::{Decoding, DeviceMatrix, HostMatrix, Nf4Tables};
+    use crate::matrix::{Decoding, DeviceMatrix, Nf4Tables};
     use crate::ops::testing::{assert_alike, var};
     use evalfw_engine::nf4::Nf4Tensor;
     use evalfw_engine::weights::Weight;
@@ -340,6 +311,7 @@ mod tests {
                 scale: 2.0,
                 mask: rate.map(|rate| Mask { key, rate }),
                 known: None,
+                inner: Inner::default(),
             };
             let of_host = || FrozenMatrix::Host(HostMatrix::new(weight.clone(), Products::F32));
             let of_device = || FrozenMatrix::Device(device.clone());

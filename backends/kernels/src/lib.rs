@@ -24,4 +24,4 @@ mod transpose;
 mod vector;
 
 pub use dot::{dot, dot_bf16, widen_bf16};
-pub use matrix::{HostMatrix, Products};
+pub use matrix::{HostMatrix, LowRank, Products};

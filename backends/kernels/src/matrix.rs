@@ -5,7 +5,7 @@ use crate::elementwise::widen_bf16;
 use crate::level::has_bf16_products;
 use crate::{nf4, product, vector};
 use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
-use evalfw_engine::weights::{DenseData, Weight};
+use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 #[cfg(target_arch = "x86_64")]
@@ -19,6 +19,28 @@ pub struct HostMatrix {
     pub(crate) products: Products,
     /// Made when it is first asked for: who only trains has no use for it.
     screen: OnceLock<Screen>,
+}
+
+/// The update `scale · B A` of a matrix, which is never added up.
+pub struct LowRank {
+    /// `[r, in_features]`
+    pub a: HostMatrix,
+    /// `[out_features, r]`
+    pub b: HostMatrix,
+    pub scale: f32,
+}
+
+impl LowRank {
+    /// From row-major factors, with products of the matrix that they update.
+    pub fn new(matrix: &HostMatrix, (a, b): (&[f32], &[f32]), scale: f32) -> Self {
+        let [out_features, in_features] = matrix.shape;
+        let r = a.len() / in_features;
+        let factor = |shape, values: &[f32]| {
+            let data = DenseData::F32(values.to_vec());
+            HostMatrix::new(Weight::Dense(DenseTensor { shape, data }), matrix.products)
+        };
+        Self { a: factor([r, in_features], a), b: factor([out_features, r], b), scale }
+    }
 }
 
 /// The type of the factors of a product with many rows. Sums are in f32.
@@ -71,6 +93,16 @@ impl HostMatrix {
     /// `y · W` `[rows, in_features]` for row-major `y` `[rows, out_features]`.
     pub fn transposed_product(&self, y: &[f32]) -> Vec<f32> {
         product::transposed_product(self, y)
+    }
+
+    /// `x · (W + scale · B A)ᵀ + bias`, and `scale · x · Aᵀ` `[rows, r]`.
+    pub fn adapted_product(&self, update: &LowRank, x: &[f32], bias: Option<&[f32]>) -> (Vec<f32>, Vec<f32>) {
+        product::adapted_product(self, update, x, bias)
+    }
+
+    /// `y · (W + scale · B A)`, and `scale · y · B` `[rows, r]`.
+    pub fn adapted_transposed_product(&self, update: &LowRank, y: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        product::adapted_transposed_product(self, update, y)
     }
 
     /// `out += W · x` for one row of activations.

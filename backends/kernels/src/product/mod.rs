@@ -11,7 +11,7 @@ mod pack;
 mod strip;
 
 use crate::level::{Level, level};
-use crate::matrix::{HostMatrix, Products};
+use crate::matrix::{HostMatrix, LowRank, Products};
 #[cfg(target_arch = "x86_64")]
 use crate::transpose;
 use evalfw_engine::nf4::BLOCK;
@@ -31,42 +31,118 @@ const COLUMN_STRIDE: usize = DEPTH + 16;
 /// Rows of a dense matrix by which a strided read is fetched ahead: the CPU does not see where it goes.
 const AHEAD: usize = 16;
 
+/// Evaluates an expression with the kernel for this CPU and the matrix's type of products.
+macro_rules! for_products {
+    ($matrix:expr, $kernel:ident => $body:expr) => {
+        match (level(), $matrix.products) {
+            #[cfg(target_arch = "x86_64")]
+            (Level::Avx512, Products::Bf16) => {
+                type $kernel = strip::Avx512Bf16;
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Level::Avx512, Products::F32) => {
+                type $kernel = strip::Avx512;
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Level::Avx2, _) => {
+                type $kernel = strip::Avx2;
+                $body
+            }
+            #[cfg(target_arch = "aarch64")]
+            (Level::Neon, _) => {
+                type $kernel = strip::Neon;
+                $body
+            }
+            _ => {
+                type $kernel = Portable;
+                $body
+            }
+        }
+    };
+}
 /// `x · Wᵀ + bias` for row-major `x` `[rows, in_features]`.
 pub fn product(matrix: &HostMatrix, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
-    run::<false>(matrix, x, bias)
+    for_products!(matrix, Kernel => {
+        let x = Panels::new::<Kernel>(x, matrix.shape()[1]);
+        multiply::<Kernel, false>(&[(matrix, &x)], bias)
+    })
 }
 
 /// `y · W` for row-major `y` `[rows, out_features]`.
 pub fn transposed_product(matrix: &HostMatrix, y: &[f32]) -> Vec<f32> {
-    run::<true>(matrix, y, None)
+    for_products!(matrix, Kernel => {
+        let y = Panels::new::<Kernel>(y, matrix.shape()[0]);
+        multiply::<Kernel, true>(&[(matrix, &y)], None)
+    })
 }
 
-fn run<const TRANSPOSED: bool>(matrix: &HostMatrix, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
-    match (level(), matrix.products) {
-        #[cfg(target_arch = "x86_64")]
-        (Level::Avx512, Products::Bf16) => run_on::<strip::Avx512Bf16, TRANSPOSED>(matrix, x, bias),
-        #[cfg(target_arch = "x86_64")]
-        (Level::Avx512, Products::F32) => run_on::<strip::Avx512, TRANSPOSED>(matrix, x, bias),
-        #[cfg(target_arch = "x86_64")]
-        (Level::Avx2, _) => run_on::<strip::Avx2, TRANSPOSED>(matrix, x, bias),
-        #[cfg(target_arch = "aarch64")]
-        (Level::Neon, _) => run_on::<strip::Neon, TRANSPOSED>(matrix, x, bias),
-        _ => run_on::<Portable, TRANSPOSED>(matrix, x, bias),
+/// The same as [`product`] for `W + scale · B A`, and the rows in between: `scale · x · Aᵀ`.
+pub fn adapted_product(
+    matrix: &HostMatrix,
+    LowRank { a, b, scale }: &LowRank,
+    x: &[f32],
+    bias: Option<&[f32]>,
+) -> (Vec<f32>, Vec<f32>) {
+    for_products!(matrix, Kernel => {
+        let x = Panels::new::<Kernel>(x, matrix.shape()[1]);
+        let mut inner = multiply::<Kernel, false>(&[(a, &x)], None);
+        inner.iter_mut().for_each(|value| *value *= scale);
+        let through = Panels::new::<Kernel>(&inner, a.shape()[0]);
+        (multiply::<Kernel, false>(&[(matrix, &x), (b, &through)], bias), inner)
+    })
+}
+
+/// The same as [`transposed_product`] for `W + scale · B A`, and the rows in between: `scale · y · B`.
+pub fn adapted_transposed_product(
+    matrix: &HostMatrix,
+    LowRank { a, b, scale }: &LowRank,
+    y: &[f32],
+) -> (Vec<f32>, Vec<f32>) {
+    for_products!(matrix, Kernel => {
+        let y = Panels::new::<Kernel>(y, matrix.shape()[0]);
+        let mut inner = multiply::<Kernel, true>(&[(b, &y)], None);
+        inner.iter_mut().for_each(|value| *value *= scale);
+        let through = Panels::new::<Kernel>(&inner, a.shape()[0]);
+        (multiply::<Kernel, true>(&[(matrix, &y), (a, &through)], None), inner)
+    })
+}
+
+/// Rows of activations as the kernels read them.
+struct Panels<L> {
+    lanes: Vec<L>,
+    rows: usize,
+    depth: usize,
+}
+
+impl<L: Lane> Panels<L> {
+    fn new<K: Kernel<Lane = L>>(x: &[f32], depth: usize) -> Self {
+        assert!(x.len().is_multiple_of(depth), "{} values in rows of {depth}", x.len());
+        Self { lanes: pack::panels(x, depth, K::LANES), rows: x.len() / depth, depth }
+    }
+
+    /// Part of the depth of one panel; it begins at a whole lane.
+    fn part<K: Kernel<Lane = L>>(&self, panel: usize, depth: &Range<usize>) -> &[L] {
+        let start = panel * self.depth.div_ceil(L::DEPTHS) + depth.start / L::DEPTHS;
+        &self.lanes[start * K::LANES..][..depth.len().div_ceil(L::DEPTHS) * K::LANES]
     }
 }
 
-fn run_on<K: Kernel, const TRANSPOSED: bool>(
-    matrix: &HostMatrix,
-    x: &[f32],
+/// The sum of the products of some matrices, all of one width, with activations of their own, and the bias.
+fn multiply<K: Kernel, const TRANSPOSED: bool>(
+    factors: &[(&HostMatrix, &Panels<K::Lane>)],
     bias: Option<&[f32]>,
 ) -> Vec<f32> {
-    let [out_features, in_features] = matrix.shape();
-    let (depth, width) = if TRANSPOSED { (out_features, in_features) } else { (in_features, out_features) };
-    let rows = x.len() / depth;
-    assert_eq!((x.len(), bias.map_or(width, <[f32]>::len)), (rows * depth, width));
-    let packed: Vec<K::Lane> = pack::panels(x, depth, K::LANES);
-    let panels = rows.div_ceil(K::LANES);
-    let panel_size = depth.div_ceil(K::Lane::DEPTHS) * K::LANES;
+    let sides = |matrix: &HostMatrix| {
+        let [out_features, in_features] = matrix.shape();
+        if TRANSPOSED { (out_features, in_features) } else { (in_features, out_features) }
+    };
+    let (rows, (_, width)) = (factors[0].1.rows, sides(factors[0].0));
+    for (matrix, x) in factors {
+        assert_eq!((x.rows, (x.depth, width)), (rows, sides(matrix)), "shapes do not fit");
+    }
+    assert_eq!(bias.map_or(width, <[f32]>::len), width);
     // Along a row NF4 is widened in whole blocks.
     let (unit, least) = if TRANSPOSED { (BLOCK, BLOCK) } else { (1, K::COLUMNS) };
     let step = columns_of_a_task(width, unit, least);
@@ -74,15 +150,15 @@ fn run_on<K: Kernel, const TRANSPOSED: bool>(
     let destination = Destination { start: out.as_mut_ptr(), rows, width };
     (0..width.div_ceil(step)).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
         let columns = task * step..width.min((task + 1) * step);
-        scratch.clear(step * panels * K::LANES);
-        for first in (0..depth).step_by(DEPTH * K::Lane::DEPTHS) {
-            let depth = first..depth.min(first + DEPTH * K::Lane::DEPTHS);
-            let lanes = depth.len().div_ceil(K::Lane::DEPTHS) * K::LANES;
-            let start = first / K::Lane::DEPTHS * K::LANES;
-            scratch.widen::<TRANSPOSED>(matrix, columns.clone(), depth);
-            for (panel, sums) in scratch.sums.chunks_exact_mut(step * K::LANES).enumerate() {
-                let panel = &packed[panel * panel_size + start..][..lanes];
-                multiply_tile::<K, TRANSPOSED>(panel, &scratch.tile, columns.len(), sums);
+        scratch.clear(step * rows.div_ceil(K::LANES) * K::LANES);
+        for (matrix, x) in factors {
+            for first in (0..x.depth).step_by(DEPTH * K::Lane::DEPTHS) {
+                let depth = first..x.depth.min(first + DEPTH * K::Lane::DEPTHS);
+                scratch.widen::<TRANSPOSED>(matrix, columns.clone(), depth.clone());
+                for (panel, sums) in scratch.sums.chunks_exact_mut(step * K::LANES).enumerate() {
+                    let panel = x.part::<K>(panel, &depth);
+                    multiply_tile::<K, TRANSPOSED>(panel, &scratch.tile, columns.len(), sums);
+                }
             }
         }
         if let Some(bias) = bias {
@@ -306,7 +382,8 @@ mod tests {
         matrix.widen(0, &mut weights);
         let x = values(rows * in_features, 0.37);
         let bias = values(out_features, 0.21);
-        let out = run_on::<K, false>(&matrix, &x, Some(&bias));
+        let panels = Panels::new::<K>(&x, in_features);
+        let out = multiply::<K, false>(&[(&matrix, &panels)], Some(&bias));
         let mut expected = exact(rows, in_features, out_features, &x, |d, c| weights[c * in_features + d]);
         for row in expected.chunks_mut(out_features) {
             row.iter_mut().zip(&bias).for_each(|(sum, bias)| *sum += f64::from(*bias));
@@ -314,7 +391,8 @@ mod tests {
         assert_close(&out, &expected, tolerance * (in_features as f64).sqrt());
 
         let y = values(rows * out_features, 0.53);
-        let out = run_on::<K, true>(&matrix, &y, None);
+        let panels = Panels::new::<K>(&y, out_features);
+        let out = multiply::<K, true>(&[(&matrix, &panels)], None);
         let expected = exact(rows, out_features, in_features, &y, |d, c| weights[d * in_features + c]);
         assert_close(&out, &expected, tolerance * (out_features as f64).sqrt());
     }
@@ -346,6 +424,44 @@ mod tests {
         for (shape, rows) in [([896, 130], 33), ([130, 896], 2), ([200, 640], 70), ([1, 64], 3)] {
             check_all(shape, rows);
         }
+    }
+
+    /// With the update folded into the matrix.
+    #[test]
+    fn an_adapted_matrix_is_that_of_the_sum() {
+        let (out_features, in_features, r, scale, rows) = (130, 200, 5, 1.5f32, 40);
+        let dense = |shape: [usize; 2], frequency| {
+            let data = DenseData::F32(values(shape[0] * shape[1], frequency));
+            HostMatrix::new(Weight::Dense(DenseTensor { shape, data }), Products::F32)
+        };
+        let update = LowRank { a: dense([r, in_features], 0.3), b: dense([out_features, r], 0.7), scale };
+        let (a, b) = (values(r * in_features, 0.3), values(out_features * r, 0.7));
+        let mut sum = values(out_features * in_features, 0.9);
+        for (row, sum) in sum.chunks_mut(in_features).enumerate() {
+            for (column, sum) in sum.iter_mut().enumerate() {
+                *sum += scale * (0..r).map(|k| b[row * r + k] * a[k * in_features + column]).sum::<f32>();
+            }
+        }
+        let data = DenseData::F32(sum);
+        let sum = HostMatrix::new(
+            Weight::Dense(DenseTensor { shape: [out_features, in_features], data }),
+            Products::F32,
+        );
+        let matrix = dense([out_features, in_features], 0.9);
+
+        let alike = |got: &[f32], expected: &[f32]| {
+            assert_eq!(got.len(), expected.len());
+            assert!(got.iter().zip(expected).all(|(got, expected)| (got - expected).abs() < 2e-3));
+        };
+        let x = values(rows * in_features, 0.37);
+        let bias = values(out_features, 0.21);
+        let (out, inner) = adapted_product(&matrix, &update, &x, Some(&bias));
+        alike(&out, &product(&sum, &x, Some(&bias)));
+        alike(&inner, &product(&update.a, &x, None).iter().map(|v| v * scale).collect::<Vec<_>>());
+        let y = values(rows * out_features, 0.53);
+        let (out, inner) = adapted_transposed_product(&matrix, &update, &y);
+        alike(&out, &transposed_product(&sum, &y));
+        alike(&inner, &transposed_product(&update.b, &y).iter().map(|v| v * scale).collect::<Vec<_>>());
     }
 
     proptest! {
