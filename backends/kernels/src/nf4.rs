@@ -23,30 +23,123 @@ pub fn widen(tensor: &Nf4Tensor, start: usize, out: &mut [f32]) {
 pub mod avx512 {
     use evalfw_engine::nf4::{BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, Nf4Tensor, Scales};
     use std::arch::x86_64::*;
+    use std::sync::LazyLock;
+
+    /// Codes that are looked up together: a register of bytes.
+    const RUN: usize = 64;
+    /// Lanes of a register of f32.
+    const LANES: usize = 16;
 
     /// The scales of the blocks from `first` on, bit for bit those of [`Scales::absmax`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub fn absmax(scales: &Scales, first: usize, out: &mut [f32]) {
+        match is_x86_feature_detected!("avx512vbmi") {
+            // SAFETY: the CPU has the instructions.
+            true => unsafe { absmax_by_bytes(scales, first, out) },
+            false => absmax_by_gathering(scales, first, out),
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+    fn absmax_by_bytes(scales: &Scales, first: usize, out: &mut [f32]) {
+        // SAFETY: the instructions are there.
+        unsafe { absmax_with(scales, first, out, |codes| look_up_bytes(codes)) };
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub fn absmax_by_gathering(scales: &Scales, first: usize, out: &mut [f32]) {
+        // SAFETY: the instructions are there.
+        unsafe { absmax_with(scales, first, out, |codes| gather(codes)) };
+    }
+
+    /// `look_up` gives the elements of the dynamic map with some codes.
+    ///
+    /// # Safety
+    /// The caller is compiled for the instructions of the level, and the CPU has them.
+    #[inline(always)]
+    unsafe fn absmax_with(
+        scales: &Scales,
+        first: usize,
+        out: &mut [f32],
+        look_up: impl Fn(&[u8; RUN]) -> [__m512; RUN / LANES],
+    ) {
+        let (runs, rest) = out.as_chunks_mut::<RUN>();
+        let (codes, codes_of_rest) =
+            scales.codes[first..][..RUN * runs.len() + rest.len()].as_chunks::<RUN>();
+        // SAFETY: by the contract of this function, also below.
+        let run = |block, codes, out: &mut _| unsafe { store_unnested(look_up(codes), scales, block, out) };
+        for (i, (codes, out)) in codes.iter().zip(&mut *runs).enumerate() {
+            run(first + RUN * i, codes, out);
+        }
+        if !rest.is_empty() {
+            let (mut codes, mut whole) = ([0; RUN], [0.0; RUN]);
+            codes[..rest.len()].copy_from_slice(codes_of_rest);
+            run(first + RUN * runs.len(), &codes, &mut whole);
+            rest.copy_from_slice(&whole[..rest.len()]);
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[inline]
+    fn gather(codes: &[u8; RUN]) -> [__m512; RUN / LANES] {
         let map: &[f32; 256] = &DYNAMIC_MAP;
-        let codes = &scales.codes[first..first + out.len()];
-        let offset = _mm512_set1_ps(scales.offset);
-        for (i, (codes, out)) in codes.chunks(16).zip(out.chunks_mut(16)).enumerate() {
-            let block = first + 16 * i;
-            let here = u16::MAX >> (16 - out.len());
-            // Lanes that belong to the next nested block.
-            let beyond = (block % NESTED_BLOCK + 16).saturating_sub(NESTED_BLOCK);
-            let next = ((u32::from(u16::MAX) << (16 - beyond)) & 0xffff) as u16 & here;
-            let nested = |index: usize| _mm512_set1_ps(scales.absmax.get(index).copied().unwrap_or(0.0));
-            let index = block / NESTED_BLOCK;
-            let nested = _mm512_mask_blend_ps(next, nested(index), nested(index + 1));
-            // SAFETY: the mask leaves out what is beyond `codes` and `out`, and the map has an element for
-            // every code.
+        let mut values = [_mm512_setzero_ps(); RUN / LANES];
+        for (codes, values) in codes.as_chunks::<LANES>().0.iter().zip(&mut values) {
+            // SAFETY: there are as many codes as lanes, and the map has an element for every code.
             unsafe {
-                let codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, codes.as_ptr().cast()));
-                let values = _mm512_i32gather_ps::<4>(codes, map.as_ptr());
-                let absmax = _mm512_add_ps(_mm512_mul_ps(values, nested), offset);
-                _mm512_mask_storeu_ps(out.as_mut_ptr(), here, absmax);
+                let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
+                *values = _mm512_i32gather_ps::<4>(codes, map.as_ptr());
             }
+        }
+        values
+    }
+
+    /// As [`gather`], for CPUs that gather slowly: of the map's elements each byte is looked up by itself.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+    #[inline]
+    fn look_up_bytes(codes: &[u8; RUN]) -> [__m512; RUN / LANES] {
+        /// Of each element the first byte, then of each the second, and so on; in registers.
+        static BYTES: LazyLock<[[[u8; 64]; 4]; 4]> = LazyLock::new(|| {
+            let byte = |byte: usize, code: usize| DYNAMIC_MAP[code].to_le_bytes()[byte];
+            std::array::from_fn(|i| std::array::from_fn(|j| std::array::from_fn(|k| byte(i, 64 * j + k))))
+        });
+        // SAFETY: a register has 64 bytes.
+        let load = |bytes: &[u8; 64]| unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) };
+        // Where bytes are interleaved below, each register takes four codes from every quarter.
+        let quarters = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+        let codes = _mm512_permutexvar_epi32(quarters, load(codes));
+        let upper = _mm512_movepi8_mask(codes);
+        let mut bytes = [codes; 4];
+        for (byte, [a, b, c, d]) in bytes.iter_mut().zip(&*BYTES) {
+            let low = _mm512_permutex2var_epi8(load(a), codes, load(b));
+            let high = _mm512_permutex2var_epi8(load(c), codes, load(d));
+            *byte = _mm512_mask_blend_epi8(upper, low, high);
+        }
+        let low = [_mm512_unpacklo_epi8(bytes[0], bytes[1]), _mm512_unpacklo_epi8(bytes[2], bytes[3])];
+        let high = [_mm512_unpackhi_epi8(bytes[0], bytes[1]), _mm512_unpackhi_epi8(bytes[2], bytes[3])];
+        [
+            _mm512_castsi512_ps(_mm512_unpacklo_epi16(low[0], low[1])),
+            _mm512_castsi512_ps(_mm512_unpackhi_epi16(low[0], low[1])),
+            _mm512_castsi512_ps(_mm512_unpacklo_epi16(high[0], high[1])),
+            _mm512_castsi512_ps(_mm512_unpackhi_epi16(high[0], high[1])),
+        ]
+    }
+
+    /// Applies the nested scales of the blocks from `first` on.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[inline]
+    fn store_unnested(values: [__m512; RUN / LANES], scales: &Scales, first: usize, out: &mut [f32; RUN]) {
+        let offset = _mm512_set1_ps(scales.offset);
+        let nested = |index: usize| _mm512_set1_ps(scales.absmax.get(index).copied().unwrap_or(0.0));
+        for (i, (values, out)) in values.into_iter().zip(out.as_chunks_mut::<LANES>().0).enumerate() {
+            let block = first + LANES * i;
+            let index = block / NESTED_BLOCK;
+            // Lanes that belong to the next nested block.
+            let beyond = (block % NESTED_BLOCK + LANES).saturating_sub(NESTED_BLOCK);
+            let nested = _mm512_mask_blend_ps(!(u16::MAX >> beyond), nested(index), nested(index + 1));
+            let absmax = _mm512_add_ps(_mm512_mul_ps(values, nested), offset);
+            // SAFETY: there are as many elements as lanes.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), absmax) };
         }
     }
 
@@ -95,6 +188,27 @@ mod tests {
             let mut out = vec![0.0; values.len() - start];
             widen(&tensor, start, &mut out);
             assert_eq!(out, tensor.dequantize()[start..]);
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn scales_are_those_of_the_tensor_whatever_looks_them_up() {
+        if level() != Level::Avx512 {
+            return eprintln!("left out: this CPU has no AVX-512, or may not use it");
+        }
+        let values: Vec<f32> = (0..700 * BLOCK).map(|i| (i as f32 * 0.37).sin()).collect();
+        let mut scales = Nf4Tensor::quantize([1, values.len()], &values).scales;
+        scales.codes.iter_mut().enumerate().for_each(|(i, code)| *code = (i * 37) as u8);
+        for (first, len) in [(0, 700), (14, 64), (200, 100), (250, 3), (699, 1), (5, 0)] {
+            let expected: Vec<f32> = (first..first + len).map(|block| scales.absmax(block)).collect();
+            let mut out = [vec![0.0; len], vec![0.0; len]];
+            // SAFETY: the CPU has the instructions of the level.
+            unsafe {
+                avx512::absmax(&scales, first, &mut out[0]);
+                avx512::absmax_by_gathering(&scales, first, &mut out[1]);
+            }
+            assert_eq!(out, [expected.clone(), expected]);
         }
     }
 }
