@@ -7,6 +7,7 @@
 //! - `argmax`: the largest row of a product, as greedy decoding wants it
 //! - [`elementwise`]: loops with an exponential
 //! - [`level`]: the instruction sets, found at run time
+//! - `pages`: memory that is read without waiting for its addresses
 //!
 //! Nothing here knows a framework: engines call it from their own extension points.
 
@@ -16,6 +17,7 @@ pub mod elementwise;
 pub mod level;
 mod matrix;
 mod nf4;
+mod pages;
 mod product;
 #[cfg(target_arch = "x86_64")]
 mod transpose;
