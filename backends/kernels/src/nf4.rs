@@ -33,68 +33,60 @@ pub mod avx512 {
     /// The scales of the blocks from `first` on, bit for bit those of [`Scales::absmax`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub fn absmax(scales: &Scales, first: usize, out: &mut [f32]) {
-        match is_x86_feature_detected!("avx512vbmi") {
+        let whole = out.len() / RUN * RUN;
+        let by_bytes = if whole > 0 && is_x86_feature_detected!("avx512vbmi") { whole } else { 0 };
+        let (runs, rest) = out.split_at_mut(by_bytes);
+        if by_bytes > 0 {
             // SAFETY: the CPU has the instructions.
-            true => unsafe { absmax_by_bytes(scales, first, out) },
-            false => absmax_by_gathering(scales, first, out),
+            unsafe { absmax_by_bytes(scales, first, runs) };
         }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
-    fn absmax_by_bytes(scales: &Scales, first: usize, out: &mut [f32]) {
-        // SAFETY: the instructions are there.
-        unsafe { absmax_with(scales, first, out, |codes| look_up_bytes(codes)) };
+        absmax_by_gathering(scales, first + by_bytes, rest);
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub fn absmax_by_gathering(scales: &Scales, first: usize, out: &mut [f32]) {
-        // SAFETY: the instructions are there.
-        unsafe { absmax_with(scales, first, out, |codes| gather(codes)) };
-    }
-
-    /// `look_up` gives the elements of the dynamic map with some codes.
-    ///
-    /// # Safety
-    /// The caller is compiled for the instructions of the level, and the CPU has them.
-    #[inline(always)]
-    unsafe fn absmax_with(
-        scales: &Scales,
-        first: usize,
-        out: &mut [f32],
-        look_up: impl Fn(&[u8; RUN]) -> [__m512; RUN / LANES],
-    ) {
-        let (runs, rest) = out.as_chunks_mut::<RUN>();
-        let (codes, codes_of_rest) =
-            scales.codes[first..][..RUN * runs.len() + rest.len()].as_chunks::<RUN>();
-        // SAFETY: by the contract of this function, also below.
-        let run = |block, codes, out: &mut _| unsafe { store_unnested(look_up(codes), scales, block, out) };
-        for (i, (codes, out)) in codes.iter().zip(&mut *runs).enumerate() {
-            run(first + RUN * i, codes, out);
-        }
-        if !rest.is_empty() {
-            let (mut codes, mut whole) = ([0; RUN], [0.0; RUN]);
-            codes[..rest.len()].copy_from_slice(codes_of_rest);
-            run(first + RUN * runs.len(), &codes, &mut whole);
-            rest.copy_from_slice(&whole[..rest.len()]);
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    #[inline]
-    fn gather(codes: &[u8; RUN]) -> [__m512; RUN / LANES] {
         let map: &[f32; 256] = &DYNAMIC_MAP;
-        let mut values = [_mm512_setzero_ps(); RUN / LANES];
-        for (codes, values) in codes.as_chunks::<LANES>().0.iter().zip(&mut values) {
-            // SAFETY: there are as many codes as lanes, and the map has an element for every code.
+        let codes = &scales.codes[first..first + out.len()];
+        for (i, (codes, out)) in codes.chunks(LANES).zip(out.chunks_mut(LANES)).enumerate() {
+            let here = u16::MAX >> (LANES - out.len());
+            // SAFETY: the mask leaves out what is beyond `codes` and `out`, and the map has an element for
+            // every code.
             unsafe {
-                let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
-                *values = _mm512_i32gather_ps::<4>(codes, map.as_ptr());
+                let codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, codes.as_ptr().cast()));
+                let values = _mm512_i32gather_ps::<4>(codes, map.as_ptr());
+                _mm512_mask_storeu_ps(out.as_mut_ptr(), here, unnest(values, scales, first + LANES * i));
             }
         }
-        values
     }
 
-    /// As [`gather`], for CPUs that gather slowly: of the map's elements each byte is looked up by itself.
+    /// Whole runs only.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+    fn absmax_by_bytes(scales: &Scales, first: usize, out: &mut [f32]) {
+        let (codes, _) = scales.codes[first..].as_chunks::<RUN>();
+        for (run, (codes, out)) in codes.iter().zip(out.as_chunks_mut::<RUN>().0).enumerate() {
+            let registers = look_up_bytes(codes).into_iter().zip(out.as_chunks_mut::<LANES>().0);
+            for (i, (values, out)) in registers.enumerate() {
+                let block = first + RUN * run + LANES * i;
+                // SAFETY: there are as many elements as lanes.
+                unsafe { _mm512_storeu_ps(out.as_mut_ptr(), unnest(values, scales, block)) };
+            }
+        }
+    }
+
+    /// Elements of the dynamic map with the nested scales of the blocks from `block` on.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[inline]
+    fn unnest(values: __m512, scales: &Scales, block: usize) -> __m512 {
+        let nested = |index: usize| _mm512_set1_ps(scales.absmax.get(index).copied().unwrap_or(0.0));
+        let index = block / NESTED_BLOCK;
+        // Lanes that belong to the next nested block.
+        let beyond = (block % NESTED_BLOCK + LANES).saturating_sub(NESTED_BLOCK);
+        let nested = _mm512_mask_blend_ps(!(u16::MAX >> beyond), nested(index), nested(index + 1));
+        _mm512_add_ps(_mm512_mul_ps(values, nested), _mm512_set1_ps(scales.offset))
+    }
+
+    /// The elements of the dynamic map with these codes, for CPUs that gather slowly: each byte of them is looked up
+    /// by itself.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
     #[inline]
     fn look_up_bytes(codes: &[u8; RUN]) -> [__m512; RUN / LANES] {
@@ -125,24 +117,6 @@ pub mod avx512 {
         ]
     }
 
-    /// Applies the nested scales of the blocks from `first` on.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    #[inline]
-    fn store_unnested(values: [__m512; RUN / LANES], scales: &Scales, first: usize, out: &mut [f32; RUN]) {
-        let offset = _mm512_set1_ps(scales.offset);
-        let nested = |index: usize| _mm512_set1_ps(scales.absmax.get(index).copied().unwrap_or(0.0));
-        for (i, (values, out)) in values.into_iter().zip(out.as_chunks_mut::<LANES>().0).enumerate() {
-            let block = first + LANES * i;
-            let index = block / NESTED_BLOCK;
-            // Lanes that belong to the next nested block.
-            let beyond = (block % NESTED_BLOCK + LANES).saturating_sub(NESTED_BLOCK);
-            let nested = _mm512_mask_blend_ps(!(u16::MAX >> beyond), nested(index), nested(index + 1));
-            let absmax = _mm512_add_ps(_mm512_mul_ps(values, nested), offset);
-            // SAFETY: there are as many elements as lanes.
-            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), absmax) };
-        }
-    }
-
     /// Whole blocks only.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub fn widen(tensor: &Nf4Tensor, start: usize, out: &mut [f32]) {
@@ -153,11 +127,11 @@ pub mod avx512 {
         let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
         // Of the two copies of a byte the first is shifted to its high nibble; the look-up sees four bits.
         let shifts = _mm512_set1_epi64(4);
-        let mut scales = [0.0; 16];
-        let runs = out.chunks_mut(16 * BLOCK).zip(codes.chunks(8 * BLOCK)).enumerate();
+        let mut scales = [0.0; RUN];
+        let runs = out.chunks_mut(RUN * BLOCK).zip(codes.chunks(RUN * BLOCK / 2)).enumerate();
         for (run, (out, codes)) in runs {
             let scales = &mut scales[..out.len() / BLOCK];
-            absmax(&tensor.scales, first + 16 * run, scales);
+            absmax(&tensor.scales, first + RUN * run, scales);
             let blocks = out.as_chunks_mut::<BLOCK>().0.iter_mut();
             for ((block, codes), &scale) in blocks.zip(codes.as_chunks::<{ BLOCK / 2 }>().0).zip(&*scales) {
                 let scale = _mm512_set1_ps(scale);
