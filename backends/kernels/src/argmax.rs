@@ -6,7 +6,9 @@
 //! full product, at half the memory traffic.
 
 use crate::dot::{dot, dot_bf16, dot_i8};
+use crate::level::for_this_cpu;
 use crate::matrix::{Elements, HostMatrix};
+use crate::pages::prefer_huge_pages;
 use rayon::prelude::*;
 
 /// Rows that one thread takes at a time.
@@ -32,18 +34,30 @@ struct Row {
     sum: i32,
 }
 
-/// The products of a vector with the codes of rows, to within a bound.
-struct Approximation {
-    products: Vec<f32>,
-    /// The error is at most that of a row times the first, and the norm of a row times the second.
+/// A vector, in the form in which it is multiplied with codes.
+struct Vector<'a> {
+    x: &'a [f32],
+    #[cfg(target_arch = "x86_64")]
+    integers: Option<integers::Vector>,
+    /// The error of a product is at most that of a row times the first, and the norm of a row times the second.
     of_errors: f32,
     of_norms: f32,
+}
+
+/// What the products of some rows are between.
+struct Bounds {
+    /// The largest product is at least this.
+    at_least: f32,
+    /// No product is larger than this.
+    at_most: f32,
+    finite: bool,
 }
 
 impl Screen {
     pub fn new(matrix: &HostMatrix) -> Self {
         let [height, width] = matrix.shape();
         let mut screen = Self { codes: vec![0; height * width], rows: vec![Row::default(); height] };
+        prefer_huge_pages(&mut screen.codes);
         let pieces = screen.codes.par_chunks_mut(ROWS * width).zip(screen.rows.par_chunks_mut(ROWS));
         pieces.enumerate().for_each_init(
             || vec![0.0; width],
@@ -59,57 +73,82 @@ impl Screen {
 
     /// The first row whose product with `x` is the largest; `None` if a product is not a number.
     pub fn argmax(&self, matrix: &HostMatrix, x: &[f32]) -> Option<usize> {
-        let Approximation { products, of_errors, of_norms } = self.approximate(x);
-        if products.iter().any(|value| !value.is_finite()) {
+        let vector = Vector::new(x);
+        // No product is larger than this, for each row.
+        let mut limits = vec![0.0; self.rows.len()];
+        let pieces = self.codes.par_chunks(ROWS * x.len()).zip(self.rows.par_chunks(ROWS));
+        let bounds: Vec<Bounds> = pieces
+            .zip(limits.par_chunks_mut(ROWS))
+            .map(|((codes, rows), limits)| {
+                vector.products(codes, rows, limits);
+                bound(limits, rows, &vector)
+            })
+            .collect();
+        if bounds.iter().any(|piece| !piece.finite) {
             return None;
         }
-        let bounds = || {
-            products
-                .iter()
-                .zip(&self.rows)
-                .map(|(value, row)| (value, row.error * of_errors + row.norm * of_norms))
-        };
-        let at_least = bounds().map(|(value, error)| value - error).fold(f32::NEG_INFINITY, f32::max);
-        let candidates = bounds().enumerate().filter(|(_, (value, error))| *value + error >= at_least);
+        let at_least = bounds.iter().map(|piece| piece.at_least).fold(f32::NEG_INFINITY, f32::max);
+        let pieces = bounds.iter().zip(limits.chunks(ROWS)).enumerate();
+        let pieces = pieces.filter(|(_, (bounds, _))| bounds.at_most >= at_least);
         let mut best = None;
-        for (row, _) in candidates {
-            let product = matrix.row_product(row, x);
-            if product.is_nan() {
-                return None;
-            }
-            if best.is_none_or(|(_, largest)| product > largest) {
-                best = Some((row, product));
+        for (piece, (_, limits)) in pieces {
+            for (i, _) in limits.iter().enumerate().filter(|(_, limit)| **limit >= at_least) {
+                let row = piece * ROWS + i;
+                let product = matrix.row_product(row, x);
+                if product.is_nan() {
+                    return None;
+                }
+                if best.is_none_or(|(_, largest)| product > largest) {
+                    best = Some((row, product));
+                }
             }
         }
         best.map(|(row, _)| row)
     }
+}
 
-    fn approximate(&self, x: &[f32]) -> Approximation {
-        let norm = dot(x, x).sqrt();
+impl<'a> Vector<'a> {
+    fn new(x: &'a [f32]) -> Self {
+        let of_errors = dot(x, x).sqrt();
         #[cfg(target_arch = "x86_64")]
-        if integers::are_there()
-            && let Some(vector) = integers::Vector::new(x)
         {
-            // SAFETY: the CPU has the instructions.
-            let product = |codes: &[i8], row: &Row| unsafe { vector.product(codes, row.sum) } * row.scale;
-            let products = self.products(x.len(), product);
-            return Approximation { products, of_errors: norm, of_norms: vector.error };
+            let integers = integers::are_there().then(|| integers::Vector::new(x)).flatten();
+            let of_norms = integers.as_ref().map_or(0.0, |vector| vector.error);
+            Self { x, integers, of_errors, of_norms }
         }
-        let products = self.products(x.len(), |codes, row| row.scale * dot_i8(codes, x));
-        Approximation { products, of_errors: norm, of_norms: 0.0 }
+        #[cfg(not(target_arch = "x86_64"))]
+        Self { x, of_errors, of_norms: 0.0 }
     }
 
-    /// Of all rows, on all threads.
-    fn products(&self, width: usize, product: impl Fn(&[i8], &Row) -> f32 + Sync) -> Vec<f32> {
-        let mut products = vec![0.0; self.rows.len()];
-        let rows = self.codes.par_chunks(ROWS * width).zip(self.rows.par_chunks(ROWS));
-        products.par_chunks_mut(ROWS).zip(rows).for_each(|(out, (codes, rows))| {
-            for ((out, codes), row) in out.iter_mut().zip(codes.chunks(width)).zip(rows) {
-                *out = product(codes, row);
-            }
-        });
-        products
+    /// With rows of codes, to within a bound.
+    fn products(&self, codes: &[i8], rows: &[Row], out: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(vector) = &self.integers {
+            // SAFETY: the CPU has the instructions, or there were no integers.
+            return unsafe { vector.products(codes, rows, out) };
+        }
+        for ((out, codes), row) in out.iter_mut().zip(codes.chunks(self.x.len())).zip(rows) {
+            *out = row.scale * dot_i8(codes, self.x);
+        }
     }
+}
+
+for_this_cpu! {
+    /// Adds to each product what it may be off by.
+    fn bound(products: &mut [f32], rows: &[Row], vector: &Vector<'_>) -> Bounds = add_errors
+}
+
+#[inline(always)]
+fn add_errors(products: &mut [f32], rows: &[Row], vector: &Vector<'_>) -> Bounds {
+    let mut bounds = Bounds { at_least: f32::NEG_INFINITY, at_most: f32::NEG_INFINITY, finite: true };
+    for (product, row) in products.iter_mut().zip(rows) {
+        let error = row.error * vector.of_errors + row.norm * vector.of_norms;
+        bounds.finite &= product.is_finite();
+        bounds.at_least = bounds.at_least.max(*product - error);
+        *product += error;
+        bounds.at_most = bounds.at_most.max(*product);
+    }
+    bounds
 }
 
 impl HostMatrix {
@@ -152,13 +191,16 @@ fn quantize(values: &[f32], codes: &mut [i8]) -> Row {
 /// Products of 8-bit integers, four in each lane of a register.
 #[cfg(target_arch = "x86_64")]
 mod integers {
-    use super::ROUNDING;
+    use super::{ROUNDING, Row};
     use crate::dot::dot;
     use crate::level::{Level, level};
+    use crate::transpose::{SIDE, transpose};
     use std::arch::x86_64::*;
 
     /// The instruction multiplies bytes without a sign with bytes that have one.
     const ZERO: i16 = 128;
+    /// Bytes in a register.
+    const BYTES: usize = 64;
 
     pub fn are_there() -> bool {
         level() == Level::Avx512 && is_x86_feature_detected!("avx512vnni")
@@ -166,8 +208,9 @@ mod integers {
 
     /// A vector as integers times a scale.
     pub struct Vector {
-        /// With [`ZERO`] added.
-        codes: Vec<u8>,
+        /// With [`ZERO`] added; whole registers.
+        codes: Vec<[u8; BYTES]>,
+        width: usize,
         scale: f32,
         /// L2 norm of what rounding took away.
         pub error: f32,
@@ -181,39 +224,65 @@ mod integers {
                 return None;
             }
             let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
-            let mut codes = Vec::with_capacity(x.len());
+            let mut codes = vec![[0; BYTES]; x.len().div_ceil(BYTES)];
             let mut error = 0f64;
-            for value in x {
+            for (value, to) in x.iter().zip(codes.as_flattened_mut()) {
                 let code = (value / scale).round();
                 error += f64::from(value - code * scale).powi(2);
-                codes.push((code as i16 + ZERO) as u8);
+                *to = (code as i16 + ZERO) as u8;
             }
             let error = error.sqrt() as f32 * 1.001 + ROUNDING * dot(x, x).sqrt();
-            Some(Self { codes, scale, error })
+            Some(Self { codes, width: x.len(), scale, error })
         }
 
-        /// With a row of codes whose sum is `sum`.
-        #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-        pub fn product(&self, row: &[i8], sum: i32) -> f32 {
-            let (rows, rest) = row.as_chunks::<64>();
-            let (vectors, vector_rest) = self.codes.as_chunks::<64>();
-            let mut sums = [_mm512_setzero_si512(); 2];
-            for (i, (row, vector)) in rows.iter().zip(vectors).enumerate() {
-                // SAFETY: both have 64 bytes.
-                let (row, vector) = unsafe {
-                    (_mm512_loadu_si512(row.as_ptr().cast()), _mm512_loadu_si512(vector.as_ptr().cast()))
-                };
-                sums[i % 2] = _mm512_dpbusd_epi32(sums[i % 2], vector, row);
+        /// With each of some rows of codes.
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        pub fn products(&self, codes: &[i8], rows: &[Row], out: &mut [f32]) {
+            let groups = out.chunks_mut(SIDE).zip(rows.chunks(SIDE)).zip(codes.chunks(SIDE * self.width));
+            for ((out, rows), codes) in groups {
+                let mut sums = [_mm512_setzero_ps(); SIDE];
+                for (sum, row) in sums.iter_mut().zip(codes.chunks(self.width)) {
+                    *sum = _mm512_castsi512_ps(self.sum_of_row(row));
+                }
+                // The sums of 16 rows are added up side by side.
+                let mut total = _mm512_setzero_si512();
+                for sum in transpose(sums) {
+                    total = _mm512_add_epi32(total, _mm512_castps_si512(sum));
+                }
+                let mut totals = [0; SIDE];
+                // SAFETY: there are as many totals as lanes.
+                unsafe { _mm512_storeu_si512(totals.as_mut_ptr().cast(), total) };
+                for ((out, row), total) in out.iter_mut().zip(rows).zip(totals) {
+                    *out = (total - i32::from(ZERO) * row.sum) as f32 * self.scale * row.scale;
+                }
             }
-            let rest: i32 = rest.iter().zip(vector_rest).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
-            let total = _mm512_reduce_add_epi32(_mm512_add_epi32(sums[0], sums[1])) + rest;
-            (total - i32::from(ZERO) * sum) as f32 * self.scale
+        }
+
+        /// One row, not yet added up over the lanes. Rows are read one after the other, as the CPU fetches ahead
+        /// best: there is little else to do.
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        #[inline]
+        fn sum_of_row(&self, row: &[i8]) -> __m512i {
+            let mut sums = [_mm512_setzero_si512(); 2];
+            for (codes, vectors) in row.chunks(2 * BYTES).zip(self.codes.chunks(2)) {
+                for ((codes, vector), sum) in codes.chunks(BYTES).zip(vectors).zip(&mut sums) {
+                    let here = u64::MAX >> (BYTES - codes.len());
+                    // SAFETY: the vector has 64 bytes, and the mask leaves out what is beyond the row.
+                    unsafe {
+                        let codes = _mm512_maskz_loadu_epi8(here, codes.as_ptr());
+                        let vector = _mm512_loadu_si512(vector.as_ptr().cast());
+                        *sum = _mm512_dpbusd_epi32(*sum, vector, codes);
+                    }
+                }
+            }
+            _mm512_add_epi32(sums[0], sums[1])
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::{Screen, Vector, bound};
     use crate::{HostMatrix, Products};
     use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
     use half::bf16;
@@ -246,6 +315,33 @@ mod tests {
             let mut products = vec![0.0; height];
             matrix.add_product(&x, &mut products);
             prop_assert_eq!(matrix.argmax(&x), Some(largest(&products)));
+        }
+    }
+
+    #[test]
+    fn exact_products_lie_within_the_bounds() {
+        for [height, width] in [[40, 7], [16, 64], [33, 130], [3, 896]] {
+            let matrix = matrix([height, width], 5);
+            let screen = Screen::new(&matrix);
+            let x: Vec<f32> = (0..width).map(|i| (i as f32 * 0.7).cos()).collect();
+            let rows = matrix.rows(&(0..height as u32).collect::<Vec<_>>());
+            let product = |row: &[f32]| row.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+            let exact: Vec<f64> = rows.chunks(width).map(product).collect();
+            let mut vectors = vec![Vector::new(&x)];
+            #[cfg(target_arch = "x86_64")]
+            vectors.push(Vector { integers: None, of_norms: 0.0, ..Vector::new(&x) });
+            for vector in vectors {
+                let mut products = vec![0.0; height];
+                vector.products(&screen.codes, &screen.rows, &mut products);
+                let mut limits = products.clone();
+                let bounds = bound(&mut limits, &screen.rows, &vector);
+                assert!(bounds.finite && limits.iter().all(|limit| *limit <= bounds.at_most));
+                let largest = exact.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                assert!(f64::from(bounds.at_least) <= largest);
+                for ((exact, product), limit) in exact.iter().zip(products).zip(limits) {
+                    assert!((exact - f64::from(product)).abs() <= f64::from(limit - product) + 1e-6);
+                }
+            }
         }
     }
 

@@ -70,9 +70,9 @@ pub fn has_bf16_products() -> bool {
 /// Defines a function twice, the second time compiled for AVX2 and FMA, and calls the better one that the
 /// level allows.
 macro_rules! for_this_cpu {
-    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $type:ty),*) -> $out:ty = $body:ident) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),*) -> $out:ty = $body:ident) => {
         $(#[$doc])*
-        pub fn $name($($arg: $type),*) -> $out {
+        $vis fn $name($($arg: $type),*) -> $out {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,fma")]

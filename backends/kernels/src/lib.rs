@@ -8,6 +8,7 @@
 //! - [`elementwise`]: loops with an exponential
 //! - [`filled`]: the memory of results
 //! - [`level`]: the instruction sets, found at run time
+//! - `pages`: memory that is read without waiting for its addresses
 //!
 //! Nothing here knows a framework: engines call it from their own extension points.
 
@@ -18,6 +19,7 @@ pub mod filled;
 pub mod level;
 mod matrix;
 mod nf4;
+mod pages;
 mod product;
 #[cfg(target_arch = "x86_64")]
 mod transpose;

@@ -23,31 +23,98 @@ pub fn widen(tensor: &Nf4Tensor, start: usize, out: &mut [f32]) {
 pub mod avx512 {
     use evalfw_engine::nf4::{BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, Nf4Tensor, Scales};
     use std::arch::x86_64::*;
+    use std::sync::LazyLock;
+
+    /// Codes that are looked up together: a register of bytes.
+    const RUN: usize = 64;
+    /// Lanes of a register of f32.
+    const LANES: usize = 16;
 
     /// The scales of the blocks from `first` on, bit for bit those of [`Scales::absmax`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub fn absmax(scales: &Scales, first: usize, out: &mut [f32]) {
+        let whole = out.len() / RUN * RUN;
+        let by_bytes = if whole > 0 && is_x86_feature_detected!("avx512vbmi") { whole } else { 0 };
+        let (runs, rest) = out.split_at_mut(by_bytes);
+        if by_bytes > 0 {
+            // SAFETY: the CPU has the instructions.
+            unsafe { absmax_by_bytes(scales, first, runs) };
+        }
+        absmax_by_gathering(scales, first + by_bytes, rest);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub fn absmax_by_gathering(scales: &Scales, first: usize, out: &mut [f32]) {
         let map: &[f32; 256] = &DYNAMIC_MAP;
         let codes = &scales.codes[first..first + out.len()];
-        let offset = _mm512_set1_ps(scales.offset);
-        for (i, (codes, out)) in codes.chunks(16).zip(out.chunks_mut(16)).enumerate() {
-            let block = first + 16 * i;
-            let here = u16::MAX >> (16 - out.len());
-            // Lanes that belong to the next nested block.
-            let beyond = (block % NESTED_BLOCK + 16).saturating_sub(NESTED_BLOCK);
-            let next = ((u32::from(u16::MAX) << (16 - beyond)) & 0xffff) as u16 & here;
-            let nested = |index: usize| _mm512_set1_ps(scales.absmax.get(index).copied().unwrap_or(0.0));
-            let index = block / NESTED_BLOCK;
-            let nested = _mm512_mask_blend_ps(next, nested(index), nested(index + 1));
+        for (i, (codes, out)) in codes.chunks(LANES).zip(out.chunks_mut(LANES)).enumerate() {
+            let here = u16::MAX >> (LANES - out.len());
             // SAFETY: the mask leaves out what is beyond `codes` and `out`, and the map has an element for
             // every code.
             unsafe {
                 let codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, codes.as_ptr().cast()));
                 let values = _mm512_i32gather_ps::<4>(codes, map.as_ptr());
-                let absmax = _mm512_add_ps(_mm512_mul_ps(values, nested), offset);
-                _mm512_mask_storeu_ps(out.as_mut_ptr(), here, absmax);
+                _mm512_mask_storeu_ps(out.as_mut_ptr(), here, unnest(values, scales, first + LANES * i));
             }
         }
+    }
+
+    /// Whole runs only.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+    fn absmax_by_bytes(scales: &Scales, first: usize, out: &mut [f32]) {
+        let (codes, _) = scales.codes[first..].as_chunks::<RUN>();
+        for (run, (codes, out)) in codes.iter().zip(out.as_chunks_mut::<RUN>().0).enumerate() {
+            let registers = look_up_bytes(codes).into_iter().zip(out.as_chunks_mut::<LANES>().0);
+            for (i, (values, out)) in registers.enumerate() {
+                let block = first + RUN * run + LANES * i;
+                // SAFETY: there are as many elements as lanes.
+                unsafe { _mm512_storeu_ps(out.as_mut_ptr(), unnest(values, scales, block)) };
+            }
+        }
+    }
+
+    /// Elements of the dynamic map with the nested scales of the blocks from `block` on.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[inline]
+    fn unnest(values: __m512, scales: &Scales, block: usize) -> __m512 {
+        let nested = |index: usize| _mm512_set1_ps(scales.absmax.get(index).copied().unwrap_or(0.0));
+        let index = block / NESTED_BLOCK;
+        // Lanes that belong to the next nested block.
+        let beyond = (block % NESTED_BLOCK + LANES).saturating_sub(NESTED_BLOCK);
+        let nested = _mm512_mask_blend_ps(!(u16::MAX >> beyond), nested(index), nested(index + 1));
+        _mm512_add_ps(_mm512_mul_ps(values, nested), _mm512_set1_ps(scales.offset))
+    }
+
+    /// The elements of the dynamic map with these codes, for CPUs that gather slowly: each byte of them is looked up
+    /// by itself.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+    #[inline]
+    fn look_up_bytes(codes: &[u8; RUN]) -> [__m512; RUN / LANES] {
+        /// Of each element the first byte, then of each the second, and so on; in registers.
+        static BYTES: LazyLock<[[[u8; 64]; 4]; 4]> = LazyLock::new(|| {
+            let byte = |byte: usize, code: usize| DYNAMIC_MAP[code].to_le_bytes()[byte];
+            std::array::from_fn(|i| std::array::from_fn(|j| std::array::from_fn(|k| byte(i, 64 * j + k))))
+        });
+        // SAFETY: a register has 64 bytes.
+        let load = |bytes: &[u8; 64]| unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) };
+        // Where bytes are interleaved below, each register takes four codes from every quarter.
+        let quarters = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+        let codes = _mm512_permutexvar_epi32(quarters, load(codes));
+        let upper = _mm512_movepi8_mask(codes);
+        let mut bytes = [codes; 4];
+        for (byte, [a, b, c, d]) in bytes.iter_mut().zip(&*BYTES) {
+            let low = _mm512_permutex2var_epi8(load(a), codes, load(b));
+            let high = _mm512_permutex2var_epi8(load(c), codes, load(d));
+            *byte = _mm512_mask_blend_epi8(upper, low, high);
+        }
+        let low = [_mm512_unpacklo_epi8(bytes[0], bytes[1]), _mm512_unpacklo_epi8(bytes[2], bytes[3])];
+        let high = [_mm512_unpackhi_epi8(bytes[0], bytes[1]), _mm512_unpackhi_epi8(bytes[2], bytes[3])];
+        [
+            _mm512_castsi512_ps(_mm512_unpacklo_epi16(low[0], low[1])),
+            _mm512_castsi512_ps(_mm512_unpackhi_epi16(low[0], low[1])),
+            _mm512_castsi512_ps(_mm512_unpacklo_epi16(high[0], high[1])),
+            _mm512_castsi512_ps(_mm512_unpackhi_epi16(high[0], high[1])),
+        ]
     }
 
     /// Whole blocks only.
@@ -60,11 +127,11 @@ pub mod avx512 {
         let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
         // Of the two copies of a byte the first is shifted to its high nibble; the look-up sees four bits.
         let shifts = _mm512_set1_epi64(4);
-        let mut scales = [0.0; 16];
-        let runs = out.chunks_mut(16 * BLOCK).zip(codes.chunks(8 * BLOCK)).enumerate();
+        let mut scales = [0.0; RUN];
+        let runs = out.chunks_mut(RUN * BLOCK).zip(codes.chunks(RUN * BLOCK / 2)).enumerate();
         for (run, (out, codes)) in runs {
             let scales = &mut scales[..out.len() / BLOCK];
-            absmax(&tensor.scales, first + 16 * run, scales);
+            absmax(&tensor.scales, first + RUN * run, scales);
             let blocks = out.as_chunks_mut::<BLOCK>().0.iter_mut();
             for ((block, codes), &scale) in blocks.zip(codes.as_chunks::<{ BLOCK / 2 }>().0).zip(&*scales) {
                 let scale = _mm512_set1_ps(scale);
@@ -95,6 +162,27 @@ mod tests {
             let mut out = vec![0.0; values.len() - start];
             widen(&tensor, start, &mut out);
             assert_eq!(out, tensor.dequantize()[start..]);
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn scales_are_those_of_the_tensor_whatever_looks_them_up() {
+        if level() != Level::Avx512 {
+            return eprintln!("left out: this CPU has no AVX-512, or may not use it");
+        }
+        let values: Vec<f32> = (0..700 * BLOCK).map(|i| (i as f32 * 0.37).sin()).collect();
+        let mut scales = Nf4Tensor::quantize([1, values.len()], &values).scales;
+        scales.codes.iter_mut().enumerate().for_each(|(i, code)| *code = (i * 37) as u8);
+        for (first, len) in [(0, 700), (14, 64), (200, 100), (250, 3), (699, 1), (5, 0)] {
+            let expected: Vec<f32> = (first..first + len).map(|block| scales.absmax(block)).collect();
+            let mut out = [vec![0.0; len], vec![0.0; len]];
+            // SAFETY: the CPU has the instructions of the level.
+            unsafe {
+                avx512::absmax(&scales, first, &mut out[0]);
+                avx512::absmax_by_gathering(&scales, first, &mut out[1]);
+            }
+            assert_eq!(out, [expected.clone(), expected]);
         }
     }
 }

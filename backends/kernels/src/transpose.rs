@@ -6,6 +6,7 @@ pub const SIDE: usize = 16;
 
 /// The transpose of 16 rows of 32-bit elements, whatever their type.
 #[target_feature(enable = "avx512f")]
+#[inline]
 pub fn transpose(rows: [__m512; SIDE]) -> [__m512; SIDE] {
     // Pairs of rows, then quadruples: four elements of one column come into each quarter of a register.
     let pairs: [__m512; SIDE] = std::array::from_fn(|i| match i % 2 {

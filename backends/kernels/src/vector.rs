@@ -67,34 +67,56 @@ mod avx512 {
 
     /// Weights that are multiplied together: the codes fill one register.
     const CHUNK: usize = 2 * BLOCK;
-    /// Bytes by which codes are fetched ahead.
-    const AHEAD: usize = 2048;
+    /// Bytes of codes in a chunk.
+    const BYTES: usize = CHUNK / 2;
+    /// Rows that are multiplied side by side: each part of the vector is loaded once for all of them, and while one
+    /// sum waits for its last product the others go on.
+    const TOGETHER: usize = 4;
+    /// Bytes by which codes are fetched ahead, at the least: into the second cache, as the first can wait for too few
+    /// lines at a time to make up for the memory's latency.
+    const AHEAD: usize = 8192;
+    /// A matrix with fewer chunks is about done when another thread has woken up.
+    const FEW_CHUNKS: usize = 1024;
 
-    /// How a register of codes is decoded and multiplied.
+    /// A chunk of the vector, in the order in which shifting a register of codes uncovers their nibbles.
+    #[repr(align(64))]
+    pub struct Chunk<T>(pub [T; CHUNK]);
+
+    /// How registers of codes are decoded and multiplied.
     pub trait Factors {
-        /// A chunk of the vector, in the order in which shifting a register of codes uncovers their nibbles.
-        type Chunk: Send + Sync;
+        type Element: Copy + Send + Sync;
         /// The levels, in a register that is looked up.
         type Table: Copy;
 
-        fn chunk(x: &[f32; CHUNK]) -> Self::Chunk;
-
         /// # Safety
         /// The CPU has the instructions of the factors.
+        unsafe fn chunk(x: &[f32; CHUNK]) -> Chunk<Self::Element>;
+
+        /// # Safety
+        /// As of [`chunk`](Self::chunk).
         unsafe fn table() -> Self::Table;
 
-        /// The products of a chunk, without the scales of its blocks: those of the first block add up in the lower
-        /// eight lanes, those of the second in the upper ones.
+        /// The products of a chunk of the vector with one of each row, without the scales of their blocks: those of
+        /// the first block add up in the lower eight lanes, those of the second in the upper ones.
         ///
         /// # Safety
-        /// As of [`table`](Self::table).
-        unsafe fn multiply(codes: __m512i, table: Self::Table, x: &Self::Chunk) -> __m512;
+        /// As of [`chunk`](Self::chunk).
+        unsafe fn multiply<const N: usize>(
+            rows: [__m512i; N],
+            table: Self::Table,
+            x: &Chunk<Self::Element>,
+        ) -> [__m512; N];
 
         /// [`add_rows`], compiled for the instructions of the factors.
         ///
         /// # Safety
-        /// As of [`table`](Self::table).
-        unsafe fn add_rows(rows: Rows<'_>, x: &[Self::Chunk], scales: &mut Vec<f32>, out: &mut [f32]);
+        /// As of [`chunk`](Self::chunk).
+        unsafe fn add_rows(
+            rows: Rows<'_>,
+            x: &[Chunk<Self::Element>],
+            scales: &mut Vec<f32>,
+            out: &mut [f32],
+        );
     }
 
     /// Some rows of a matrix.
@@ -107,15 +129,15 @@ mod avx512 {
     pub struct Single;
 
     impl Factors for Single {
-        type Chunk = [f32; CHUNK];
+        type Element = f32;
         type Table = __m512;
 
-        fn chunk(x: &[f32; CHUNK]) -> Self::Chunk {
-            std::array::from_fn(|place| {
+        unsafe fn chunk(x: &[f32; CHUNK]) -> Chunk<f32> {
+            Chunk(std::array::from_fn(|place| {
                 let (nibble, word) = (place / 16, place % 16);
                 // The first weight of a byte is in its high nibble.
                 x[8 * word + (nibble ^ 1)]
-            })
+            }))
         }
 
         #[inline(always)]
@@ -125,27 +147,28 @@ mod avx512 {
         }
 
         #[inline(always)]
-        unsafe fn multiply(codes: __m512i, levels: __m512, x: &Self::Chunk) -> __m512 {
-            // SAFETY: `x` has eight times 16 elements.
+        unsafe fn multiply<const N: usize>(
+            mut rows: [__m512i; N],
+            levels: __m512,
+            x: &Chunk<f32>,
+        ) -> [__m512; N] {
+            // SAFETY: the parts have 16 elements.
             unsafe {
-                let x = |k: usize| _mm512_loadu_ps(x.as_ptr().add(16 * k));
-                let look_up = |indices| _mm512_permutexvar_ps(indices, levels);
-                // Two sums, for the multiply-add takes longer than the look-up.
-                let mut even = _mm512_mul_ps(look_up(codes), x(0));
-                let mut odd = _mm512_mul_ps(look_up(_mm512_srli_epi32::<4>(codes)), x(1));
-                even = _mm512_fmadd_ps(look_up(_mm512_srli_epi32::<8>(codes)), x(2), even);
-                odd = _mm512_fmadd_ps(look_up(_mm512_srli_epi32::<12>(codes)), x(3), odd);
-                even = _mm512_fmadd_ps(look_up(_mm512_srli_epi32::<16>(codes)), x(4), even);
-                odd = _mm512_fmadd_ps(look_up(_mm512_srli_epi32::<20>(codes)), x(5), odd);
-                even = _mm512_fmadd_ps(look_up(_mm512_srli_epi32::<24>(codes)), x(6), even);
-                odd = _mm512_fmadd_ps(look_up(_mm512_srli_epi32::<28>(codes)), x(7), odd);
-                _mm512_add_ps(even, odd)
+                let mut sums = [_mm512_setzero_ps(); N];
+                for x in x.0.as_chunks::<16>().0 {
+                    let x = _mm512_loadu_ps(x.as_ptr());
+                    for (sum, codes) in sums.iter_mut().zip(&mut rows) {
+                        *sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(*codes, levels), x, *sum);
+                        *codes = _mm512_srli_epi32::<4>(*codes);
+                    }
+                }
+                sums
             }
         }
 
-        unsafe fn add_rows(rows: Rows<'_>, x: &[Self::Chunk], scales: &mut Vec<f32>, out: &mut [f32]) {
+        unsafe fn add_rows(rows: Rows<'_>, x: &[Chunk<f32>], scales: &mut Vec<f32>, out: &mut [f32]) {
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-            fn run(rows: Rows<'_>, x: &[<Single as Factors>::Chunk], scales: &mut Vec<f32>, out: &mut [f32]) {
+            fn run(rows: Rows<'_>, x: &[Chunk<f32>], scales: &mut Vec<f32>, out: &mut [f32]) {
                 // SAFETY: the instructions are there, also below.
                 unsafe { add_rows::<Single>(rows, x, scales, out) };
             }
@@ -157,14 +180,44 @@ mod avx512 {
     pub struct Pairs;
 
     impl Factors for Pairs {
-        type Chunk = [bf16; CHUNK];
+        type Element = bf16;
         type Table = __m512i;
 
-        fn chunk(x: &[f32; CHUNK]) -> Self::Chunk {
-            std::array::from_fn(|place| {
-                let (nibble, word) = (place / 32, place % 32);
-                bf16::from_f32(x[4 * word + (nibble ^ 1)])
-            })
+        unsafe fn chunk(x: &[f32; CHUNK]) -> Chunk<bf16> {
+            /// Where the first 16 words of codes have the weights of their lowest nibbles.
+            const PLACES: [i16; 32] = {
+                let mut places = [0; 32];
+                let mut word = 0;
+                while word < 32 {
+                    places[word] = 4 * (word as i16 % 16);
+                    word += 1;
+                }
+                places
+            };
+            #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+            fn run(x: &[f32; CHUNK]) -> Chunk<bf16> {
+                let mut chunk = Chunk([bf16::ZERO; CHUNK]);
+                // SAFETY: the parts have the sizes of registers; the types that are cast have the same bits.
+                unsafe {
+                    let load = |i: usize| _mm512_loadu_ps(x.as_ptr().add(16 * i));
+                    let narrow = |i| {
+                        std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(load(i + 1), load(i)))
+                    };
+                    let [a, b, c, d] = [narrow(0), narrow(2), narrow(4), narrow(6)];
+                    let places = _mm512_loadu_si512(PLACES.as_ptr().cast());
+                    for (nibble, out) in chunk.0.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+                        // The first weight of a byte is in its high nibble.
+                        let places = _mm512_add_epi16(places, _mm512_set1_epi16(nibble as i16 ^ 1));
+                        let first = _mm512_permutex2var_epi16(a, places, b);
+                        let second = _mm512_permutex2var_epi16(c, places, d);
+                        let both = _mm512_mask_blend_epi16(0xffff_0000, first, second);
+                        _mm512_storeu_si512(out.as_mut_ptr().cast(), both);
+                    }
+                }
+                chunk
+            }
+            // SAFETY: the instructions are there by the contract.
+            unsafe { run(x) }
         }
 
         #[inline(always)]
@@ -176,24 +229,29 @@ mod avx512 {
         }
 
         #[inline(always)]
-        unsafe fn multiply(codes: __m512i, levels: __m512i, x: &Self::Chunk) -> __m512 {
-            // SAFETY: `x` has four times 32 elements; the types that are cast have the same bits.
+        unsafe fn multiply<const N: usize>(
+            mut rows: [__m512i; N],
+            levels: __m512i,
+            x: &Chunk<bf16>,
+        ) -> [__m512; N] {
+            // SAFETY: the parts have 32 elements; the types that are cast have the same bits.
             unsafe {
                 let pairs = |v| std::mem::transmute::<__m512i, __m512bh>(v);
-                let x = |k: usize| pairs(_mm512_loadu_si512(x.as_ptr().add(32 * k).cast()));
-                let look_up = |indices| pairs(_mm512_permutexvar_epi16(indices, levels));
-                let zero = _mm512_setzero_ps();
-                let mut even = _mm512_dpbf16_ps(zero, look_up(codes), x(0));
-                let mut odd = _mm512_dpbf16_ps(zero, look_up(_mm512_srli_epi16::<4>(codes)), x(1));
-                even = _mm512_dpbf16_ps(even, look_up(_mm512_srli_epi16::<8>(codes)), x(2));
-                odd = _mm512_dpbf16_ps(odd, look_up(_mm512_srli_epi16::<12>(codes)), x(3));
-                _mm512_add_ps(even, odd)
+                let mut sums = [_mm512_setzero_ps(); N];
+                for x in x.0.as_chunks::<32>().0 {
+                    let x = pairs(_mm512_loadu_si512(x.as_ptr().cast()));
+                    for (sum, codes) in sums.iter_mut().zip(&mut rows) {
+                        *sum = _mm512_dpbf16_ps(*sum, pairs(_mm512_permutexvar_epi16(*codes, levels)), x);
+                        *codes = _mm512_srli_epi16::<4>(*codes);
+                    }
+                }
+                sums
             }
         }
 
-        unsafe fn add_rows(rows: Rows<'_>, x: &[Self::Chunk], scales: &mut Vec<f32>, out: &mut [f32]) {
+        unsafe fn add_rows(rows: Rows<'_>, x: &[Chunk<bf16>], scales: &mut Vec<f32>, out: &mut [f32]) {
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-            fn run(rows: Rows<'_>, x: &[<Pairs as Factors>::Chunk], scales: &mut Vec<f32>, out: &mut [f32]) {
+            fn run(rows: Rows<'_>, x: &[Chunk<bf16>], scales: &mut Vec<f32>, out: &mut [f32]) {
                 // SAFETY: the instructions are there, also below.
                 unsafe { add_rows::<Pairs>(rows, x, scales, out) };
             }
@@ -204,11 +262,18 @@ mod avx512 {
     /// `out += W · x` on all threads, for rows that are whole chunks.
     pub fn add_product<F: Factors + 'static>(tensor: &Nf4Tensor, x: &[f32], out: &mut [f32]) {
         assert_eq!([out.len(), x.len()], tensor.shape);
-        let chunks: Vec<F::Chunk> = x.as_chunks::<CHUNK>().0.iter().map(F::chunk).collect();
-        out.par_chunks_mut(ROWS).enumerate().for_each_init(Vec::new, |scales, (i, out)| {
-            // SAFETY: whoever chose the factors has seen that the CPU has their instructions.
-            unsafe { F::add_rows(Rows { tensor, first: i * ROWS }, &chunks, scales, out) };
-        });
+        // SAFETY: whoever chose the factors has seen that the CPU has their instructions.
+        let chunk = |x| unsafe { F::chunk(x) };
+        let chunks: Vec<_> = x.as_chunks::<CHUNK>().0.iter().map(chunk).collect();
+        let add_rows = |scales: &mut Vec<f32>, first, out: &mut [f32]| {
+            // SAFETY: as above.
+            unsafe { F::add_rows(Rows { tensor, first }, &chunks, scales, out) };
+        };
+        if out.len() * chunks.len() < FEW_CHUNKS {
+            return add_rows(&mut Vec::new(), 0, out);
+        }
+        let pieces = out.par_chunks_mut(ROWS).enumerate();
+        pieces.for_each_init(Vec::new, |scales, (i, out)| add_rows(scales, i * ROWS, out));
     }
 
     /// `out` has an element for each of the rows; `scales` is memory to work in.
@@ -218,15 +283,16 @@ mod avx512 {
     #[inline(always)]
     unsafe fn add_rows<F: Factors>(
         Rows { tensor, first }: Rows<'_>,
-        x: &[F::Chunk],
+        x: &[Chunk<F::Element>],
         scales: &mut Vec<f32>,
         out: &mut [f32],
     ) {
-        let (blocks, bytes) = (2 * x.len(), CHUNK / 2 * x.len());
+        let blocks = 2 * x.len();
         scales.resize(out.len() * blocks, 0.0);
         // SAFETY: the instructions are there, also below.
         unsafe { absmax(&tensor.scales, first * blocks, scales) };
-        let codes = &tensor.codes[first * bytes..][..out.len() * bytes];
+        let (scales, _) = scales.as_chunks::<2>();
+        let (codes, _) = tensor.codes[first * BYTES * x.len()..].as_chunks::<BYTES>();
         let table = unsafe { F::table() };
         let (whole, rest) = out.as_chunks_mut::<SIDE>();
         let first_of_rest = whole.len() * SIDE;
@@ -234,10 +300,9 @@ mod avx512 {
             // The sums of 16 rows are added up side by side.
             unsafe {
                 let mut sums = [_mm512_setzero_ps(); SIDE];
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    let row = group * SIDE + i;
-                    let (codes, scales) = (&codes[row * bytes..][..bytes], &scales[row * blocks..][..blocks]);
-                    *sum = sum_of_row::<F>(codes, scales, table, x);
+                for (i, sums) in sums.as_chunks_mut::<TOGETHER>().0.iter_mut().enumerate() {
+                    let first = (group * SIDE + i * TOGETHER) * x.len();
+                    *sums = sums_of_rows::<F, TOGETHER>(&codes[first..], &scales[first..], table, x);
                 }
                 let mut total = _mm512_loadu_ps(out.as_ptr());
                 for sum in transpose(sums) {
@@ -247,40 +312,55 @@ mod avx512 {
             }
         }
         for (row, out) in (first_of_rest..).zip(rest) {
-            let (codes, scales) = (&codes[row * bytes..][..bytes], &scales[row * blocks..][..blocks]);
-            unsafe { *out += _mm512_reduce_add_ps(sum_of_row::<F>(codes, scales, table, x)) };
+            let first = row * x.len();
+            unsafe {
+                let [sum] = sums_of_rows::<F, 1>(&codes[first..], &scales[first..], table, x);
+                *out += _mm512_reduce_add_ps(sum);
+            }
         }
     }
 
-    /// One row, not yet added up over the lanes.
+    /// The products of the first `N` rows, not yet added up over the lanes.
     ///
     /// # Safety
     /// As of [`add_rows`].
     #[inline(always)]
-    unsafe fn sum_of_row<F: Factors>(
-        codes: &[u8],
-        scales: &[f32],
+    unsafe fn sums_of_rows<F: Factors, const N: usize>(
+        codes: &[[u8; BYTES]],
+        scales: &[[f32; 2]],
         table: F::Table,
-        x: &[F::Chunk],
-    ) -> __m512 {
-        let chunks = codes.as_chunks::<{ CHUNK / 2 }>().0.iter().zip(scales.as_chunks::<2>().0).zip(x);
-        // SAFETY: `codes` has 64 bytes; the instructions are there. What is fetched ahead need not be.
+        x: &[Chunk<F::Element>],
+    ) -> [__m512; N] {
+        let (codes, scales) = (&codes[..N * x.len()], &scales[..N * x.len()]);
+        // Fetched in the order of the memory, which is not that of their use: the last row begins early.
+        let ahead = codes.as_ptr().cast::<i8>().wrapping_add(AHEAD + (N - 1) * x.len() * BYTES);
+        // SAFETY: each of the `N` rows has as many chunks as `x`; the instructions are there. What is fetched ahead
+        // need not be.
         unsafe {
-            let mut sums = [_mm512_setzero_ps(); 2];
-            for (i, ((codes, scales), x)) in chunks.enumerate() {
-                _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
-                let products = F::multiply(_mm512_loadu_si512(codes.as_ptr().cast()), table, x);
-                let scale =
-                    _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]));
-                sums[i % 2] = _mm512_fmadd_ps(products, scale, sums[i % 2]);
+            let halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+            let mut sums = [_mm512_setzero_ps(); N];
+            for (i, x_chunk) in x.iter().enumerate() {
+                let mut rows = [_mm512_setzero_si512(); N];
+                for (row, register) in rows.iter_mut().enumerate() {
+                    *register = _mm512_loadu_si512(codes.as_ptr().add(row * x.len() + i).cast());
+                    _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add((i * N + row) * BYTES));
+                }
+                let products = F::multiply(rows, table, x_chunk);
+                for row in 0..N {
+                    let pair = _mm_load_sd(scales.as_ptr().add(row * x.len() + i).cast());
+                    let pair = _mm512_castps128_ps512(_mm_castpd_ps(pair));
+                    let scale = _mm512_permutexvar_ps(halves, pair);
+                    sums[row] = _mm512_fmadd_ps(products[row], scale, sums[row]);
+                }
             }
-            _mm512_add_ps(sums[0], sums[1])
+            sums
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use crate::level::has_bf16_products;
     use crate::{HostMatrix, Products};
     use evalfw_engine::nf4::Nf4Tensor;
     use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
@@ -289,7 +369,7 @@ mod tests {
     /// All factors are at most 1; rounding one to bf16 is off by 2⁻⁹ of it, and both are rounded.
     #[test]
     fn products_of_bf16_agree_within_their_rounding() {
-        for shape in [[130, 896], [7, 128], [64, 256], [65, 384]] {
+        for shape in [[200, 896], [7, 128], [64, 256], [65, 384]] {
             let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| (i as f32 * 0.9).sin()).collect();
             let x: Vec<f32> = (0..shape[1]).map(|i| (i as f32 * 0.37).cos()).collect();
             let matrix = HostMatrix::new(Weight::Nf4(Nf4Tensor::quantize(shape, &values)), Products::Bf16);
@@ -306,7 +386,7 @@ mod tests {
 
     #[test]
     fn every_storage_agrees_with_a_sum_in_f64() {
-        for shape in [[130, 896], [7, 128], [70, 192], [33, 35], [1, 64]] {
+        for shape in [[200, 896], [7, 128], [70, 192], [33, 35], [1, 64]] {
             let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| (i as f32 * 0.9).sin()).collect();
             let x: Vec<f32> = (0..shape[1]).map(|i| (i as f32 * 0.37).cos()).collect();
             let dense = |data| Weight::Dense(DenseTensor { shape, data });
@@ -326,5 +406,22 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn a_chunk_lies_in_the_order_of_the_nibbles() {
+        use super::avx512::{Factors, Pairs, Single};
+        let mut x: [f32; 128] = std::array::from_fn(|i| 1.0 + i as f32 / 129.0);
+        x[5] = f32::INFINITY;
+        // SAFETY: the factors in f32 need no instructions for it.
+        let single = unsafe { Single::chunk(&x) }.0;
+        assert_eq!(single, std::array::from_fn(|i| x[i % 16 * 8 + ((i / 16) ^ 1)]));
+        if !has_bf16_products() {
+            return eprintln!("left out: this CPU has no products of bf16, or may not use them");
+        }
+        // SAFETY: the CPU has the instructions.
+        let pairs = unsafe { Pairs::chunk(&x) }.0;
+        assert_eq!(pairs, std::array::from_fn(|i| bf16::from_f32(x[i % 32 * 4 + ((i / 32) ^ 1)])));
     }
 }
