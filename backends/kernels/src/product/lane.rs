@@ -78,8 +78,11 @@ pub struct Pair(u32);
 #[cfg(target_arch = "x86_64")]
 impl Pair {
     fn new(first: f32, second: f32) -> Self {
-        let half = |value| u32::from(half::bf16::from_f32(value).to_bits());
-        Self(half(first) | half(second) << 16)
+        Self::of_bits(bf16::from_f32(first), bf16::from_f32(second))
+    }
+
+    fn of_bits(first: bf16, second: bf16) -> Self {
+        Self(u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16)
     }
 
     pub fn bits(self) -> i32 {
@@ -104,17 +107,21 @@ impl Lane for Pair {
     fn copy_along(values: &[bf16], lanes: &mut [Self]) -> bool {
         let (pairs, rest) = values.as_chunks::<2>();
         for (lane, [first, second]) in lanes.iter_mut().zip(pairs) {
-            *lane = Self(u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16);
+            *lane = Self::of_bits(*first, *second);
         }
         if let ([last], Some(lane)) = (rest, lanes.get_mut(pairs.len())) {
-            *lane = Self(u32::from(last.to_bits()));
+            *lane = Self::of_bits(*last, bf16::ZERO);
         }
         true
     }
 
     fn join_stored(first: &[bf16], second: &[bf16], lanes: &mut [Self]) -> bool {
-        for (lane, (first, second)) in lanes.iter_mut().zip(first.iter().zip(second)) {
-            *lane = Self(u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16);
+        assert_eq!((first.len(), second.len()), (lanes.len(), lanes.len()));
+        let whole = lanes.len() / 32 * 32;
+        // SAFETY: pairs are used only where the CPU has the instructions.
+        unsafe { avx512::join_stored(&first[..whole], &second[..whole], &mut lanes[..whole]) };
+        for i in whole..lanes.len() {
+            lanes[i] = Self::of_bits(first[i], second[i]);
         }
         true
     }
@@ -139,6 +146,7 @@ impl Lane for Pair {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use super::Pair;
+    use half::bf16;
     use std::arch::x86_64::*;
 
     /// Multiples of 32 values.
@@ -150,6 +158,28 @@ mod avx512 {
                 let [low, high] = [0, 16].map(|i| _mm512_loadu_ps(values.as_ptr().add(i)));
                 let pairs: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
                 _mm512_storeu_si512(lanes.as_mut_ptr().cast(), pairs);
+            }
+        }
+    }
+
+    /// Multiples of 32 values.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub fn join_stored(first: &[bf16], second: &[bf16], lanes: &mut [Pair]) {
+        // Of 64 halves those of the second row have an index from 32 on.
+        let order =
+            |start: u16| -> [u16; 32] { std::array::from_fn(|i| start + i as u16 / 2 + i as u16 % 2 * 32) };
+        let orders = [order(0), order(16)];
+        let rows = first.as_chunks::<32>().0.iter().zip(second.as_chunks::<32>().0);
+        for ((first, second), lanes) in rows.zip(lanes.as_chunks_mut::<32>().0) {
+            // SAFETY: 32 of each are read and written.
+            unsafe {
+                let [first, second] =
+                    [first, second].map(|values| _mm512_loadu_si512(values.as_ptr().cast()));
+                for (order, lanes) in orders.iter().zip(lanes.as_chunks_mut::<16>().0) {
+                    let order = _mm512_loadu_si512(order.as_ptr().cast());
+                    let pairs = _mm512_permutex2var_epi16(first, order, second);
+                    _mm512_storeu_si512(lanes.as_mut_ptr().cast(), pairs);
+                }
             }
         }
     }
@@ -195,6 +225,13 @@ mod tests {
         let mut joined = vec![Pair::default(); 71];
         Pair::join(&values, Some(&others), &mut joined);
         assert!((0..71).all(|i| joined[i] == Pair::new(values[i], others[i])));
+        let stored = |values: &[f32]| values.iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>();
+        let mut copied = vec![Pair::default(); 71];
+        assert!(Pair::join_stored(&stored(&values), &stored(&others), &mut copied));
+        assert_eq!(copied, joined);
+        let mut copied = vec![Pair::default(); 36];
+        assert!(Pair::copy_along(&stored(&values), &mut copied));
+        assert_eq!(copied, along);
         Pair::join(&values, None, &mut joined);
         assert!((0..71).all(|i| joined[i] == Pair::new(values[i], 0.0)));
     }

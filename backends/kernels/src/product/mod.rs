@@ -4,8 +4,9 @@
 //! layer and `c` its output, or for a gradient the other way round. The rows `i` lie in the lanes of the
 //! vector registers, in panels that are packed once ([`pack`]). A task owns some columns: it widens its
 //! weights a tile at a time, multiplies the tile by all panels ([`strip`]), and writes its sums to the
-//! result at the end. No weight is widened twice, no two tasks write to one place, and there is one barrier.
+//! result at the end ([`deep`] cuts otherwise). No weight is widened twice, no two tasks write to one place, and there is one barrier.
 
+mod deep;
 mod lane;
 mod pack;
 mod strip;
@@ -73,6 +74,9 @@ pub fn product(matrix: &HostMatrix, x: &[f32], bias: Option<&[f32]>) -> Vec<f32>
 /// `y · W` for row-major `y` `[rows, out_features]`.
 pub fn transposed_product(matrix: &HostMatrix, y: &[f32]) -> Vec<f32> {
     for_products!(matrix, Kernel => {
+        if deep::is_worth_it(matrix) {
+            return deep::transposed_product::<Kernel>(matrix, y);
+        }
         let y = Panels::new::<Kernel>(y, matrix.shape()[0]);
         multiply::<Kernel, true>(&[(matrix, &y)], None)
     })
@@ -109,22 +113,28 @@ pub fn adapted_transposed_product(
     })
 }
 
-/// Rows of activations as the kernels read them.
+/// Rows of activations as the kernels read them, or a part of their depth.
 struct Panels<L> {
     lanes: Vec<L>,
     rows: usize,
-    depth: usize,
+    depth: Range<usize>,
 }
 
 impl<L: Lane> Panels<L> {
     fn new<K: Kernel<Lane = L>>(x: &[f32], depth: usize) -> Self {
+        Self::of_part::<K>(x, depth, 0..depth)
+    }
+
+    fn of_part<K: Kernel<Lane = L>>(x: &[f32], depth: usize, part: Range<usize>) -> Self {
         assert!(x.len().is_multiple_of(depth), "{} values in rows of {depth}", x.len());
-        Self { lanes: pack::panels(x, depth, K::LANES), rows: x.len() / depth, depth }
+        let lanes = pack::panels(x, depth, part.clone(), K::LANES);
+        Self { lanes, rows: x.len() / depth, depth: part }
     }
 
     /// Part of the depth of one panel; it begins at a whole lane.
     fn part<K: Kernel<Lane = L>>(&self, panel: usize, depth: &Range<usize>) -> &[L] {
-        let start = panel * self.depth.div_ceil(L::DEPTHS) + depth.start / L::DEPTHS;
+        let start =
+            panel * self.depth.len().div_ceil(L::DEPTHS) + (depth.start - self.depth.start) / L::DEPTHS;
         &self.lanes[start * K::LANES..][..depth.len().div_ceil(L::DEPTHS) * K::LANES]
     }
 }
@@ -140,7 +150,7 @@ fn multiply<K: Kernel, const TRANSPOSED: bool>(
     };
     let (rows, (_, width)) = (factors[0].1.rows, sides(factors[0].0));
     for (matrix, x) in factors {
-        assert_eq!((x.rows, (x.depth, width)), (rows, sides(matrix)), "shapes do not fit");
+        assert_eq!((x.rows, (x.depth.len(), width)), (rows, sides(matrix)), "shapes do not fit");
     }
     assert_eq!(bias.map_or(width, <[f32]>::len), width);
     // Along a row NF4 is widened in whole blocks.
@@ -152,8 +162,7 @@ fn multiply<K: Kernel, const TRANSPOSED: bool>(
         let columns = task * step..width.min((task + 1) * step);
         scratch.clear(step * rows.div_ceil(K::LANES) * K::LANES);
         for (matrix, x) in factors {
-            for first in (0..x.depth).step_by(DEPTH * K::Lane::DEPTHS) {
-                let depth = first..x.depth.min(first + DEPTH * K::Lane::DEPTHS);
+            for depth in tiles::<K>(x.depth.clone()) {
                 scratch.widen::<TRANSPOSED>(matrix, columns.clone(), depth.clone());
                 for (panel, sums) in scratch.sums.chunks_exact_mut(step * K::LANES).enumerate() {
                     let panel = x.part::<K>(panel, &depth);
@@ -170,6 +179,12 @@ fn multiply<K: Kernel, const TRANSPOSED: bool>(
     // SAFETY: the columns of the tasks are all columns.
     unsafe { out.set_len(rows * width) };
     out
+}
+
+/// A depth in tiles.
+fn tiles<K: Kernel>(depth: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let size = DEPTH * K::Lane::DEPTHS;
+    depth.clone().step_by(size).map(move |first| first..depth.end.min(first + size))
 }
 
 /// `sums` is `[panels, step, lanes]`.
@@ -423,6 +438,25 @@ mod tests {
     fn every_instruction_set_agrees_with_a_sum_in_f64() {
         for (shape, rows) in [([896, 130], 33), ([130, 896], 2), ([200, 640], 70), ([1, 64], 3)] {
             check_all(shape, rows);
+        }
+    }
+
+    #[test]
+    fn a_deep_product_agrees_with_a_sum_in_f64() {
+        for (shape, rows) in [([3000, 70], 33), ([2500, 200], 5)] {
+            let numbers = values(shape[0] * shape[1], 0.9);
+            let data = DenseData::Bf16(numbers.iter().map(|&v| bf16::from_f32(v)).collect());
+            let weight = Weight::Dense(DenseTensor { shape, data });
+            let y = values(rows * shape[0], 0.53);
+            for (products, tolerance) in [(Products::F32, F32), (Products::Bf16, BF16)] {
+                let matrix = HostMatrix::new(weight.clone(), products);
+                let mut weights = vec![0.0; numbers.len()];
+                matrix.widen(0, &mut weights);
+                assert!(deep::is_worth_it(&matrix));
+                let out = transposed_product(&matrix, &y);
+                let expected = exact(rows, shape[0], shape[1], &y, |d, c| weights[d * shape[1] + c]);
+                assert_close(&out, &expected, tolerance * (shape[0] as f64).sqrt());
+            }
         }
     }
 

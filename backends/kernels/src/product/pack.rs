@@ -3,26 +3,26 @@
 use super::lane::Lane;
 use crate::filled::filled;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Lanes of the depth that a thread turns over at a time: whole cache lines on both sides.
 const SQUARE: usize = 16;
 /// Lanes of the depth of one task: the rows and what becomes of them stay in the cache.
 const PIECE: usize = 16 * SQUARE;
 
-/// Row-major `x` `[rows, depth]` as `[panels, depth, lanes]`; rows that are missing in the last panel are
-/// zero, as is what is missing in the last lane of the depth.
-pub fn panels<L: Lane>(x: &[f32], depth: usize, lanes: usize) -> Vec<L> {
+/// A part of the depth of row-major `x` `[rows, depth]` as `[panels, part, lanes]`; rows that are missing in the
+/// last panel are zero, as is what is missing in the last lane of the part.
+pub fn panels<L: Lane>(x: &[f32], depth: usize, part: Range<usize>, lanes: usize) -> Vec<L> {
     let rows = x.len() / depth;
-    let joined = depth.div_ceil(L::DEPTHS);
-    let panel_size = lanes * joined;
-    filled(rows.div_ceil(lanes) * panel_size, panel_size, |start, panel| {
-        let x = &x[start / joined * depth..];
+    let panel_size = lanes * part.len().div_ceil(L::DEPTHS);
+    filled(rows.div_ceil(lanes) * panel_size, panel_size.max(1), |start, panel| {
+        let x = &x[start / panel_size * lanes * depth..];
         let x = &x[..x.len().min(lanes * depth)];
         let pieces = panel.par_chunks_mut(lanes * PIECE).enumerate();
         pieces.for_each_init(Vec::new, |scratch, (i, piece)| {
             let width = piece.len() / lanes;
-            let first = i * PIECE * L::DEPTHS;
-            let last = depth.min(first + width * L::DEPTHS);
+            let first = part.start + i * PIECE * L::DEPTHS;
+            let last = part.end.min(first + width * L::DEPTHS);
             scratch.resize(lanes * width, L::default());
             for (row, x) in scratch.chunks_mut(width).zip(x.chunks(depth)) {
                 L::join_along(&x[first..last], row);
@@ -51,14 +51,15 @@ mod tests {
 
     #[test]
     fn a_panel_is_turned_and_filled_up() {
-        for depth in [19, PIECE + 3] {
+        for (depth, part) in [(19, 0..19), (PIECE + 3, 0..PIECE + 3), (19, 4..13)] {
             let x: Vec<f32> = (0..5 * depth).map(|i| i as f32).collect();
-            let packed: Vec<f32> = panels(&x, depth, 4);
-            assert_eq!(packed.len(), 2 * 4 * depth);
+            let packed: Vec<f32> = panels(&x, depth, part.clone(), 4);
+            let width = part.len();
+            assert_eq!(packed.len(), 2 * 4 * width);
             for (i, &value) in packed.iter().enumerate() {
-                let (panel, d, lane) = (i / (4 * depth), i / 4 % depth, i % 4);
+                let (panel, d, lane) = (i / (4 * width), i / 4 % width, i % 4);
                 let row = panel * 4 + lane;
-                assert_eq!(value, if row < 5 { x[row * depth + d] } else { 0.0 });
+                assert_eq!(value, if row < 5 { x[row * depth + part.start + d] } else { 0.0 });
             }
         }
     }
