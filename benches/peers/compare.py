@@ -32,7 +32,7 @@ from work import Shapes
 
 # What differs where --device does. A GPU needs more steps: they are short, and the first ones find kernels.
 DEFAULTS: dict[str, dict] = {
-    "cpu": {"engine": ("candle-cpu",), "warmup": 1, "steps": 3, "timeout": 3600, "kept_activations_gb": 0.3},
+    "cpu": {"engine": ("candle-cpu",), "warmup": 1, "steps": 3, "timeout": 3600, "kept_activations_gb": 0.35},
     "cuda": {
         "engine": ("candle-cuda", "candle-cuda-bf16"),
         "warmup": 5,

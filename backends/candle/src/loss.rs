@@ -7,9 +7,9 @@ use candle_core::{D, Device, Result, Tensor, bail};
 use evalfw_kernels::elementwise::exponentials;
 use rayon::prelude::*;
 
-/// Bytes of the logits that exist at a time: 160 rows of Qwen's vocabulary. Fewer rows would save memory,
+/// Bytes of the logits that exist at a time: 256 rows of Qwen's vocabulary. Fewer rows would save memory,
 /// but the head is read and widened again for each chunk.
-const LOGIT_BYTES: usize = 93 << 20;
+const LOGIT_BYTES: usize = 149 << 20;
 /// Rows that a product takes at once: a chunk that does not fill its last panel wastes the rest.
 const PANEL: usize = 32;
 

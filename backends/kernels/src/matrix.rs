@@ -125,11 +125,21 @@ impl HostMatrix {
         out
     }
 
-    /// The elements from `start`, where they are stored in bf16.
-    pub(crate) fn stored_bf16(&self, start: usize, len: usize) -> Option<&[bf16]> {
+    /// The elements from `start` in bf16, where they are stored in it or can be decoded to it at once. `scratch` is
+    /// memory to work in.
+    pub(crate) fn in_bf16<'a>(
+        &'a self,
+        start: usize,
+        len: usize,
+        scratch: &'a mut Vec<bf16>,
+    ) -> Option<&'a [bf16]> {
         match &self.elements {
             Elements::Bf16(values) => Some(&values[start..start + len]),
-            _ => None,
+            Elements::Nf4(tensor) => {
+                scratch.resize(len, bf16::ZERO);
+                nf4::narrow(tensor, start, scratch).then_some(scratch)
+            }
+            Elements::F32(_) | Elements::F16(_) => None,
         }
     }
 

@@ -1,10 +1,11 @@
 //! NF4 to f32.
 
 #[cfg(target_arch = "x86_64")]
-use crate::level::{Level, level};
+use crate::level::{Level, has_bf16_products, level};
 #[cfg(target_arch = "x86_64")]
 use evalfw_engine::nf4::BLOCK;
 use evalfw_engine::nf4::Nf4Tensor;
+use half::bf16;
 
 /// Decodes the elements from `start`, a multiple of [`BLOCK`], bit for bit as the tensor itself does.
 pub fn widen(tensor: &Nf4Tensor, start: usize, out: &mut [f32]) {
@@ -19,9 +20,22 @@ pub fn widen(tensor: &Nf4Tensor, start: usize, out: &mut [f32]) {
     tensor.dequantize_range(start..start + out.len(), out);
 }
 
+/// The same rounded to bf16, for whole blocks, where the CPU has bf16. Says whether it has.
+pub fn narrow(tensor: &Nf4Tensor, start: usize, out: &mut [bf16]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if has_bf16_products() && start.is_multiple_of(BLOCK) && out.len().is_multiple_of(BLOCK) {
+        // SAFETY: the CPU has the instructions.
+        unsafe { avx512::narrow(tensor, start, out) };
+        return true;
+    }
+    let _ = (tensor, start, out);
+    false
+}
+
 #[cfg(target_arch = "x86_64")]
 pub mod avx512 {
     use evalfw_engine::nf4::{BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, Nf4Tensor, Scales};
+    use half::bf16;
     use std::arch::x86_64::*;
     use std::sync::LazyLock;
 
@@ -29,10 +43,18 @@ pub mod avx512 {
     const RUN: usize = 64;
     /// Lanes of a register of f32.
     const LANES: usize = 16;
+    /// Scales that are sooner looked up one by one.
+    const FEW: usize = 4;
 
     /// The scales of the blocks from `first` on, bit for bit those of [`Scales::absmax`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub fn absmax(scales: &Scales, first: usize, out: &mut [f32]) {
+        if out.len() <= FEW {
+            for (block, out) in (first..).zip(out) {
+                *out = scales.absmax(block);
+            }
+            return;
+        }
         let whole = out.len() / RUN * RUN;
         let by_bytes = if whole > 0 && is_x86_feature_detected!("avx512vbmi") { whole } else { 0 };
         let (runs, rest) = out.split_at_mut(by_bytes);
@@ -118,6 +140,41 @@ pub mod avx512 {
     }
 
     /// Whole blocks only.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub fn narrow(tensor: &Nf4Tensor, start: usize, out: &mut [bf16]) {
+        let first = start / BLOCK;
+        let codes = &tensor.codes[first * (BLOCK / 2)..][..out.len() / 2];
+        // SAFETY: the table has 16 elements.
+        let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
+        let mut scales = [0.0; RUN];
+        let runs = out.chunks_mut(RUN * BLOCK).zip(codes.chunks(RUN * BLOCK / 2)).enumerate();
+        for (run, (out, codes)) in runs {
+            let scales = &mut scales[..out.len() / BLOCK];
+            absmax(&tensor.scales, first + RUN * run, scales);
+            let halves = out.as_chunks_mut::<{ BLOCK / 2 }>().0.as_chunks_mut::<2>().0.iter_mut();
+            let codes = codes.as_chunks::<{ BLOCK / 4 }>().0.as_chunks::<2>().0;
+            for ((halves, codes), &scale) in halves.zip(codes).zip(&*scales) {
+                // All that the block can hold, twice, as the look-up sees a fifth bit, of the other code.
+                let levels = _mm512_cvtneps_pbh(_mm512_mul_ps(levels, _mm512_set1_ps(scale)));
+                // SAFETY: the types have the same bits.
+                let levels = unsafe { std::mem::transmute::<__m256bh, __m256i>(levels) };
+                let levels = _mm512_broadcast_i64x4(levels);
+                for (values, codes) in halves.iter_mut().zip(codes) {
+                    // SAFETY: 16 bytes are read, and 32 values written.
+                    unsafe {
+                        let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
+                        // The first weight of a byte is in its high nibble.
+                        let indices =
+                            _mm512_or_si512(_mm512_srli_epi32::<4>(bytes), _mm512_slli_epi32::<16>(bytes));
+                        let decoded = _mm512_permutexvar_epi16(indices, levels);
+                        _mm512_storeu_si512(values.as_mut_ptr().cast(), decoded);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whole blocks only.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub fn widen(tensor: &Nf4Tensor, start: usize, out: &mut [f32]) {
         assert!(start.is_multiple_of(BLOCK) && out.len().is_multiple_of(BLOCK));
@@ -163,6 +220,23 @@ mod tests {
             widen(&tensor, start, &mut out);
             assert_eq!(out, tensor.dequantize()[start..]);
         }
+    }
+
+    #[test]
+    fn rounding_is_that_of_the_decoded_values() {
+        if !has_bf16_products() {
+            return eprintln!("left out: this CPU has no bf16 products");
+        }
+        let values: Vec<f32> = (0..700 * BLOCK).map(|i| (i as f32 * 0.37).sin() * (1.0 + i as f32)).collect();
+        let tensor = Nf4Tensor::quantize([700, BLOCK], &values);
+        let expected: Vec<bf16> = tensor.dequantize().iter().map(|&v| bf16::from_f32(v)).collect();
+        for range in [0..700, 3..700, 250..253, 699..700] {
+            let range = range.start * BLOCK..range.end * BLOCK;
+            let mut out = vec![bf16::ZERO; range.len()];
+            assert!(narrow(&tensor, range.start, &mut out));
+            assert_eq!(out, expected[range]);
+        }
+        assert!(!narrow(&tensor, 1, &mut [bf16::ZERO; BLOCK]));
     }
 
     #[cfg(target_arch = "x86_64")]

@@ -1,7 +1,7 @@
 //! Causal grouped-query attention, a piece of the queries at a time: the scores of a whole sequence
 //! never exist, and what the mask hides is hardly ever computed.
 
-use crate::kernels::product::{Threads, View, ViewMut, add_product};
+use crate::kernels::product::{Threads, View, ViewMut, add_product, put_product};
 use crate::kernels::softmax::softmax;
 use evalfw_kernels::dot;
 use evalfw_kernels::filled::zeros;
@@ -155,10 +155,9 @@ impl Head<'_> {
             add_product(of_values, 1.0, probabilities.t(), grad, Threads::One);
 
             // Through the softmax: p ⊙ (dp − Σ p dp), and the scale of the scores.
-            of_scores.clear();
             of_scores.resize(rows * visible, 0.0);
             let of_weights = ViewMut::new(&mut of_scores, visible);
-            add_product(of_weights, 1.0, grad, self.v.rows(0, visible).t(), Threads::One);
+            put_product(of_weights, 1.0, grad, self.v.rows(0, visible).t(), Threads::One);
             for (p, dp) in weights.chunks(visible).zip(of_scores.chunks_mut(visible)) {
                 let mean = dot(p, dp);
                 for (dp, p) in dp.iter_mut().zip(p) {
@@ -181,11 +180,9 @@ impl Head<'_> {
         let first = piece * QUERIES;
         let rows = QUERIES.min(self.queries - first);
         let visible = self.cached_keys + first + rows;
-        weights.clear();
         weights.resize(rows * visible, 0.0);
-        let scores = ViewMut::new(weights, visible);
-        add_product(
-            scores,
+        put_product(
+            ViewMut::new(weights, visible),
             self.scale(),
             self.q.rows(first, rows),
             self.k.rows(0, visible).t(),

@@ -67,8 +67,24 @@ pub enum Threads {
 
 /// `out += factor · a · b`
 pub fn add_product(out: ViewMut<'_>, factor: f32, a: View<'_>, b: View<'_>, threads: Threads) {
+    multiply(out, true, factor, (a, b), threads);
+}
+
+/// `out = factor · a · b`, whatever was there.
+pub fn put_product(out: ViewMut<'_>, factor: f32, a: View<'_>, b: View<'_>, threads: Threads) {
+    multiply(out, false, factor, (a, b), threads);
+}
+
+fn multiply(out: ViewMut<'_>, add: bool, factor: f32, (a, b): (View<'_>, View<'_>), threads: Threads) {
     assert!(out.rows == a.rows && a.cols == b.rows && out.cols == b.cols, "shapes do not fit");
-    if out.rows == 0 || out.cols == 0 || a.cols == 0 {
+    if out.rows == 0 || out.cols == 0 {
+        return;
+    }
+    if a.cols == 0 {
+        // An empty sum.
+        if !add {
+            out.data.chunks_mut(out.row_stride).for_each(|row| row[..out.cols].fill(0.0));
+        }
         return;
     }
     let reach = |rows, cols, row_stride, col_stride| (rows - 1) * row_stride + (cols - 1) * col_stride;
@@ -90,7 +106,7 @@ pub fn add_product(out: ViewMut<'_>, factor: f32, a: View<'_>, b: View<'_>, thre
             out.data.as_mut_ptr(),
             1,
             out.row_stride as isize,
-            true,
+            add,
             a.data.as_ptr(),
             a.col_stride as isize,
             a.row_stride as isize,
@@ -119,6 +135,8 @@ mod tests {
         // a [2, 3] times the transpose of b [2, 3].
         add_product(ViewMut::new(&mut out, 2), 2.0, View::new(&a, 3), View::new(&b, 3).t(), Threads::All);
         assert_eq!(out, [15.0, 7.0, 33.0, 10.0]);
+        put_product(ViewMut::new(&mut out, 2), 1.0, View::new(&a, 3), View::new(&b, 3).t(), Threads::All);
+        assert_eq!(out, [7.0, 3.0, 16.0, 4.5]);
     }
 
     #[test]

@@ -18,14 +18,17 @@ pub trait Lane: Copy + Default + Send + Sync + 'static {
     /// Joins the values of neighbouring depths; `second` may be missing, and is zero then.
     fn join(first: &[f32], second: Option<&[f32]>, lanes: &mut [Self]);
 
-    /// Joins values that are stored in bf16 and lie along the depth, if lanes hold just that.
-    fn copy_along(_values: &[bf16], _lanes: &mut [Self]) -> bool {
-        false
+    /// Whether lanes hold bf16; the next two are for them alone.
+    const OF_BF16: bool = false;
+
+    /// Joins values in bf16 that lie along the depth.
+    fn copy_along(_values: &[bf16], _lanes: &mut [Self]) {
+        unreachable!("lanes of another type");
     }
 
-    /// Joins the values of two neighbouring depths that are stored in bf16, if lanes hold just that.
-    fn join_stored(_first: &[bf16], _second: &[bf16], _lanes: &mut [Self]) -> bool {
-        false
+    /// Joins the values of two neighbouring depths in bf16.
+    fn join_bf16(_first: &[bf16], _second: &[bf16], _lanes: &mut [Self]) {
+        unreachable!("lanes of another type");
     }
 
     /// Turns rows of `width` into a panel of `lanes` rows, a square after the other, where the CPU does so in
@@ -93,6 +96,7 @@ impl Pair {
 #[cfg(target_arch = "x86_64")]
 impl Lane for Pair {
     const DEPTHS: usize = 2;
+    const OF_BF16: bool = true;
 
     fn join_along(values: &[f32], lanes: &mut [Self]) {
         assert_eq!(lanes.len(), values.len().div_ceil(2));
@@ -104,7 +108,7 @@ impl Lane for Pair {
         }
     }
 
-    fn copy_along(values: &[bf16], lanes: &mut [Self]) -> bool {
+    fn copy_along(values: &[bf16], lanes: &mut [Self]) {
         let (pairs, rest) = values.as_chunks::<2>();
         for (lane, [first, second]) in lanes.iter_mut().zip(pairs) {
             *lane = Self::of_bits(*first, *second);
@@ -112,18 +116,16 @@ impl Lane for Pair {
         if let ([last], Some(lane)) = (rest, lanes.get_mut(pairs.len())) {
             *lane = Self::of_bits(*last, bf16::ZERO);
         }
-        true
     }
 
-    fn join_stored(first: &[bf16], second: &[bf16], lanes: &mut [Self]) -> bool {
+    fn join_bf16(first: &[bf16], second: &[bf16], lanes: &mut [Self]) {
         assert_eq!((first.len(), second.len()), (lanes.len(), lanes.len()));
         let whole = lanes.len() / 32 * 32;
         // SAFETY: pairs are used only where the CPU has the instructions.
-        unsafe { avx512::join_stored(&first[..whole], &second[..whole], &mut lanes[..whole]) };
+        unsafe { avx512::join_bf16(&first[..whole], &second[..whole], &mut lanes[..whole]) };
         for i in whole..lanes.len() {
             lanes[i] = Self::of_bits(first[i], second[i]);
         }
-        true
     }
 
     fn join(first: &[f32], second: Option<&[f32]>, lanes: &mut [Self]) {
@@ -164,7 +166,7 @@ mod avx512 {
 
     /// Multiples of 32 values.
     #[target_feature(enable = "avx512f,avx512bw")]
-    pub fn join_stored(first: &[bf16], second: &[bf16], lanes: &mut [Pair]) {
+    pub fn join_bf16(first: &[bf16], second: &[bf16], lanes: &mut [Pair]) {
         // Of 64 halves those of the second row have an index from 32 on.
         let order =
             |start: u16| -> [u16; 32] { std::array::from_fn(|i| start + i as u16 / 2 + i as u16 % 2 * 32) };
@@ -227,10 +229,10 @@ mod tests {
         assert!((0..71).all(|i| joined[i] == Pair::new(values[i], others[i])));
         let stored = |values: &[f32]| values.iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>();
         let mut copied = vec![Pair::default(); 71];
-        assert!(Pair::join_stored(&stored(&values), &stored(&others), &mut copied));
+        Pair::join_bf16(&stored(&values), &stored(&others), &mut copied);
         assert_eq!(copied, joined);
         let mut copied = vec![Pair::default(); 36];
-        assert!(Pair::copy_along(&stored(&values), &mut copied));
+        Pair::copy_along(&stored(&values), &mut copied);
         assert_eq!(copied, along);
         Pair::join(&values, None, &mut joined);
         assert!((0..71).all(|i| joined[i] == Pair::new(values[i], 0.0)));

@@ -16,6 +16,7 @@ use crate::matrix::{HostMatrix, LowRank, Products};
 #[cfg(target_arch = "x86_64")]
 use crate::transpose;
 use evalfw_engine::nf4::BLOCK;
+use half::bf16;
 use lane::Lane;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -227,6 +228,7 @@ struct Scratch<L> {
     sums: Vec<f32>,
     /// Weights of two depths, or of one column.
     wide: [Vec<f32>; 2],
+    in_bf16: [Vec<bf16>; 2],
 }
 
 impl<L: Lane> Scratch<L> {
@@ -245,6 +247,7 @@ impl<L: Lane> Scratch<L> {
         self.tile.resize(COLUMNS * COLUMN_STRIDE, L::default());
         let in_features = matrix.shape()[1];
         let [first, second] = &mut self.wide;
+        let [first_bf16, second_bf16] = &mut self.in_bf16;
         if TRANSPOSED {
             let widen = |row: usize, wide: &mut Vec<f32>| {
                 wide.resize(columns.len(), 0.0);
@@ -253,12 +256,14 @@ impl<L: Lane> Scratch<L> {
             for (row, lanes) in depth.clone().step_by(L::DEPTHS).zip(self.tile.chunks_mut(COLUMNS)) {
                 matrix.prefetch_stored((row + AHEAD) * in_features + columns.start, columns.len());
                 matrix.prefetch_stored((row + AHEAD + 1) * in_features + columns.start, columns.len());
-                let stored =
-                    |row: usize| matrix.stored_bf16(row * in_features + columns.start, columns.len());
-                if row + 1 < depth.end
-                    && let (Some(first), Some(second)) = (stored(row), stored(row + 1))
-                    && L::join_stored(first, second, &mut lanes[..columns.len()])
+                if L::OF_BF16
+                    && row + 1 < depth.end
+                    && let Some(first) =
+                        matrix.in_bf16(row * in_features + columns.start, columns.len(), first_bf16)
+                    && let Some(second) =
+                        matrix.in_bf16((row + 1) * in_features + columns.start, columns.len(), second_bf16)
                 {
+                    L::join_bf16(first, second, &mut lanes[..columns.len()]);
                     continue;
                 }
                 widen(row, first);
@@ -271,11 +276,14 @@ impl<L: Lane> Scratch<L> {
         } else {
             first.resize(depth.len(), 0.0);
             for (row, lanes) in columns.zip(self.tile.chunks_mut(COLUMN_STRIDE)) {
-                let stored = matrix.stored_bf16(row * in_features + depth.start, depth.len());
-                if stored.is_some_and(|stored| L::copy_along(stored, lanes)) {
+                let start = row * in_features + depth.start;
+                if L::OF_BF16
+                    && let Some(values) = matrix.in_bf16(start, depth.len(), first_bf16)
+                {
+                    L::copy_along(values, lanes);
                     continue;
                 }
-                matrix.widen(row * in_features + depth.start, first);
+                matrix.widen(start, first);
                 L::join_along(first, &mut lanes[..depth.len().div_ceil(L::DEPTHS)]);
             }
         }
@@ -350,7 +358,6 @@ mod tests {
     use crate::level::has_bf16_products;
     use evalfw_engine::nf4::Nf4Tensor;
     use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
-    use half::bf16;
     use proptest::prelude::*;
 
     fn values(len: usize, frequency: f32) -> Vec<f32> {
