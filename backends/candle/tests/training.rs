@@ -3,6 +3,7 @@
 mod common;
 
 use common::*;
+use evalfw_candle::{CandleDevice, Variant};
 use evalfw_engine::batch::Batch;
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::{Adapter, AdapterTensors, LoraPair};
@@ -174,7 +175,7 @@ fn kept_activations_change_no_gradient() {
     let mut model = random_model(&config);
     let batches = [batch(1, &[9, 6], 9, config.vocab_size), batch(2, &[9, 4], 9, config.vocab_size)];
     // Nothing, one of the blocks, all of them.
-    let widths = config.num_attention_heads + 2 * config.num_key_value_heads;
+    let widths = 2 * config.num_attention_heads + 2 * config.num_key_value_heads;
     let block = 4 * 18 * (widths * config.head_dim + config.hidden_size + 2 * config.intermediate_size);
     let gradients = [0, block, 100 * block].map(|bytes| {
         let training = TrainingConfig { kept_activation_bytes: bytes as u64, ..TrainingConfig::default() };
@@ -188,6 +189,25 @@ fn kept_activations_change_no_gradient() {
             assert_eq!((&pair.a, &pair.b), (&other[place].a, &other[place].b), "{place:?}");
         }
     }
+}
+
+/// What is kept is rounded to bf16, as the factors of the products are: 2⁻⁹ of each value.
+#[test]
+fn activations_kept_in_bf16_change_gradients_by_their_rounding() {
+    let config = config(true);
+    let batches = [batch(1, &[9, 6], 9, config.vocab_size), batch(2, &[9, 4], 9, config.vocab_size)];
+    if let Err(reason) = evalfw_candle::open(CandleDevice::Cpu, Variant::TunedBf16) {
+        return eprintln!("left out: {reason}");
+    }
+    let mut model = load_weights_into(Variant::TunedBf16, &config, &random_weights(&config));
+    let [nothing, everything] = [0, 1 << 30].map(|kept_activation_bytes| {
+        let training = TrainingConfig { kept_activation_bytes, ..TrainingConfig::default() };
+        model.attach_adapter(&adapter(&config, 0.1), &training).unwrap();
+        model.gradients(&step(&batches)).unwrap()
+    });
+    assert_eq!(nothing.0.loss, everything.0.loss);
+    assert_same(&everything.1, &nothing.1, 2e-2);
+    assert!(nothing.1.iter().any(|(place, pair)| pair.a != everything.1[place].a), "nothing was rounded");
 }
 
 #[test]

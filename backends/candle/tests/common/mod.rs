@@ -95,17 +95,25 @@ pub fn write_model(dir: &Path, config: &ModelConfig, weights: &Weights, dtype: D
 }
 
 pub fn load(dir: &Path, quantization: Quantization) -> LoadedModel {
+    load_into(Variant::Tuned, dir, quantization)
+}
+
+pub fn load_into(variant: Variant, dir: &Path, quantization: Quantization) -> LoadedModel {
     let checkpoint = Checkpoint::open(dir).unwrap();
     let mut times = LoadTimes::default();
     let loader = WeightLoader::new(&checkpoint, quantization, &mut times);
-    evalfw_candle::open(CandleDevice::Cpu, Variant::Tuned).unwrap().load(loader).unwrap()
+    evalfw_candle::open(CandleDevice::Cpu, variant).unwrap().load(loader).unwrap()
 }
 
 /// Writes weights in f32 and loads them unquantized.
 pub fn load_weights(config: &ModelConfig, weights: &Weights) -> LoadedModel {
+    load_weights_into(Variant::Tuned, config, weights)
+}
+
+pub fn load_weights_into(variant: Variant, config: &ModelConfig, weights: &Weights) -> LoadedModel {
     let dir = tempfile::tempdir().unwrap();
     write_model(dir.path(), config, weights, DType::F32);
-    load(dir.path(), Quantization::None)
+    load_into(variant, dir.path(), Quantization::None)
 }
 
 /// An adapter of which neither factor is zero, so that both have gradients.
