@@ -268,7 +268,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--kept-activations-gb",
         type=gigabytes,
         metavar="GB",
-        help="memory in which evalfw's checkpointing keeps activations [0.3; on cuda 0]",
+        help="memory in which evalfw's checkpointing keeps activations [0.35; on cuda 0]",
     )
     add("--repeats", type=count, default=5, help="prompts that count, after one that does not [5]")
     add("--prompt-tokens", type=count, default=128, help="[128]")

@@ -28,7 +28,7 @@ mod values;
 
 use evalfw_engine::{Engine, Error, Result};
 use evalfw_kernels::Products;
-use evalfw_kernels::level::has_bf16_products;
+use evalfw_kernels::level::{bf16_products_pay, has_bf16_products};
 
 /// Where candle computes. CUDA and Metal need the cargo feature of their name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -90,6 +90,7 @@ fn check_bf16(device: CandleDevice) -> Result<()> {
         CandleDevice::Cpu if !has_bf16_products() => {
             "this CPU has no instruction for products of bf16 (AVX512_BF16)"
         }
+        CandleDevice::Cpu if !bf16_products_pay() => "this CPU multiplies bf16 more slowly than f32",
         CandleDevice::Metal => "products of bf16 with sums in f32 are not there on Metal",
         CandleDevice::Cpu | CandleDevice::Cuda => return Ok(()),
     };
