@@ -19,6 +19,9 @@ pub fn is_worth_it(matrix: &HostMatrix) -> bool {
 pub fn transposed_product<K: Kernel>(matrix: &HostMatrix, y: &[f32]) -> Vec<f32> {
     let [depth, width] = matrix.shape();
     let rows = y.len() / depth;
+    if rows == 0 {
+        return Vec::new();
+    }
     // Along a row NF4 is widened in whole blocks.
     const { assert!(COLUMNS.is_multiple_of(BLOCK)) };
     let size = rows.div_ceil(K::LANES) * COLUMNS * K::LANES;

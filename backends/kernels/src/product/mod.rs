@@ -463,6 +463,7 @@ mod tests {
                 let out = transposed_product(&matrix, &y);
                 let expected = exact(rows, shape[0], shape[1], &y, |d, c| weights[d * shape[1] + c]);
                 assert_close(&out, &expected, tolerance * (shape[0] as f64).sqrt());
+                assert!(transposed_product(&matrix, &[]).is_empty());
             }
         }
     }
