@@ -124,12 +124,10 @@ impl Frozen {
         }
     }
 
-    /// `x Wᵀ + b` on the CPU.
-    fn forward_on_host(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let matrix = self.on_host()?;
+    /// Computes something of the matrix and the bias on the CPU.
+    fn with_host<R>(&self, compute: impl FnOnce(&HostMatrix, Option<&[f32]>) -> R) -> Result<R> {
         let bias = self.bias.as_ref().map(CpuValues::new).transpose()?;
-        let bias = bias.as_ref().map(CpuValues::slice).transpose()?;
-        Ok(matrix.product(x, bias))
+        Ok(compute(self.on_host()?, bias.as_ref().map(CpuValues::slice).transpose()?))
     }
 }
 
@@ -142,7 +140,8 @@ impl CustomOp1 for FrozenOp {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, _) = layout.shape().dims2()?;
-        let out = self.0.forward_on_host(stored(storage, layout)?)?;
+        let x = stored(storage, layout)?;
+        let out = self.0.with_host(|matrix, bias| matrix.product(x, bias))?;
         Ok((CpuStorage::F32(out), Shape::from((rows, self.0.matrix.shape()[0]))))
     }
 
@@ -252,10 +251,10 @@ impl CustomOp3 for LoraOp {
         }
         let (x, a, b) = (stored(x, x_layout)?, stored(a, a_layout)?, stored(b, b_layout)?);
         let factors = Factors { a, b, r, scale: self.scale as f32 };
-        let bias = self.frozen.bias.as_ref().map(CpuValues::new).transpose()?;
-        let bias = bias.as_ref().map(CpuValues::slice).transpose()?;
         let masked = self.masked(x);
-        let (out, inner) = lora::forward(self.frozen.on_host()?, factors, (x, masked.as_ref()), bias);
+        let input = (x, masked.as_ref());
+        let (out, inner) =
+            self.frozen.with_host(|matrix, bias| lora::forward(matrix, factors, input, bias))?;
         self.inner.put(inner);
         Ok((CpuStorage::F32(out), Shape::from((rows, out_features))))
     }

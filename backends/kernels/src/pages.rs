@@ -4,18 +4,13 @@
 pub fn prefer_huge_pages<T>(memory: &mut [T]) {
     #[cfg(target_os = "linux")]
     {
-        use std::ffi::{c_int, c_void};
-        unsafe extern "C" {
-            fn madvise(start: *mut c_void, bytes: usize, advice: c_int) -> c_int;
-        }
-        const HUGE_PAGES: c_int = 14;
         /// Advice is for whole pages; every size in use divides this one.
         const PAGE: usize = 1 << 16;
         let range = memory.as_mut_ptr_range();
         let (start, end) = (range.start.addr().next_multiple_of(PAGE), range.end.addr() / PAGE * PAGE);
         if start < end {
             // SAFETY: the pages lie within the memory, and the advice changes nothing that is in them.
-            unsafe { madvise(range.start.with_addr(start).cast(), end - start, HUGE_PAGES) };
+            unsafe { libc::madvise(range.start.with_addr(start).cast(), end - start, libc::MADV_HUGEPAGE) };
         }
     }
     #[cfg(not(target_os = "linux"))]

@@ -4,7 +4,8 @@
 //! layer and `c` its output, or for a gradient the other way round. The rows `i` lie in the lanes of the
 //! vector registers, in panels that are packed once ([`pack`]). A task owns some columns: it widens its
 //! weights a tile at a time, multiplies the tile by all panels ([`strip`]), and writes its sums to the
-//! result at the end ([`deep`] cuts otherwise). No weight is widened twice, no two tasks write to one place, and there is one barrier.
+//! result at the end ([`deep`] cuts otherwise). No weight is widened twice, no two tasks write to one place, and
+//! there is one barrier.
 
 mod deep;
 mod lane;
@@ -64,6 +65,7 @@ macro_rules! for_products {
         }
     };
 }
+
 /// `x · Wᵀ + bias` for row-major `x` `[rows, in_features]`.
 pub fn product(matrix: &HostMatrix, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     for_products!(matrix, Kernel => {
@@ -90,13 +92,7 @@ pub fn adapted_product(
     x: &[f32],
     bias: Option<&[f32]>,
 ) -> (Vec<f32>, Vec<f32>) {
-    for_products!(matrix, Kernel => {
-        let x = Panels::new::<Kernel>(x, matrix.shape()[1]);
-        let mut inner = multiply::<Kernel, false>(&[(a, &x)], None);
-        inner.iter_mut().for_each(|value| *value *= scale);
-        let through = Panels::new::<Kernel>(&inner, a.shape()[0]);
-        (multiply::<Kernel, false>(&[(matrix, &x), (b, &through)], bias), inner)
-    })
+    for_products!(matrix, Kernel => multiply_through::<Kernel, false>(matrix, x, ([a, b], *scale), bias))
 }
 
 /// The same as [`transposed_product`] for `W + scale · B A`, and the rows in between: `scale · y · B`.
@@ -105,13 +101,28 @@ pub fn adapted_transposed_product(
     LowRank { a, b, scale }: &LowRank,
     y: &[f32],
 ) -> (Vec<f32>, Vec<f32>) {
-    for_products!(matrix, Kernel => {
-        let y = Panels::new::<Kernel>(y, matrix.shape()[0]);
-        let mut inner = multiply::<Kernel, true>(&[(b, &y)], None);
-        inner.iter_mut().for_each(|value| *value *= scale);
-        let through = Panels::new::<Kernel>(&inner, a.shape()[0]);
-        (multiply::<Kernel, true>(&[(matrix, &y), (a, &through)], None), inner)
-    })
+    for_products!(matrix, Kernel => multiply_through::<Kernel, true>(matrix, y, ([b, a], *scale), None))
+}
+
+/// The product with a matrix and, past it, with the first factor, the scale and the second one; and the rows in
+/// between. The activations are packed once.
+fn multiply_through<K: Kernel, const TRANSPOSED: bool>(
+    matrix: &HostMatrix,
+    x: &[f32],
+    ([first, second], scale): ([&HostMatrix; 2], f32),
+    bias: Option<&[f32]>,
+) -> (Vec<f32>, Vec<f32>) {
+    let x = Panels::new::<K>(x, sides::<TRANSPOSED>(matrix).0);
+    let mut inner = multiply::<K, TRANSPOSED>(&[(first, &x)], None);
+    inner.iter_mut().for_each(|value| *value *= scale);
+    let through = Panels::new::<K>(&inner, sides::<TRANSPOSED>(second).0);
+    (multiply::<K, TRANSPOSED>(&[(matrix, &x), (second, &through)], bias), inner)
+}
+
+/// The depth and the width of a product.
+fn sides<const TRANSPOSED: bool>(matrix: &HostMatrix) -> (usize, usize) {
+    let [out_features, in_features] = matrix.shape();
+    if TRANSPOSED { (out_features, in_features) } else { (in_features, out_features) }
 }
 
 /// Rows of activations as the kernels read them, or a part of their depth.
@@ -145,13 +156,13 @@ fn multiply<K: Kernel, const TRANSPOSED: bool>(
     factors: &[(&HostMatrix, &Panels<K::Lane>)],
     bias: Option<&[f32]>,
 ) -> Vec<f32> {
-    let sides = |matrix: &HostMatrix| {
-        let [out_features, in_features] = matrix.shape();
-        if TRANSPOSED { (out_features, in_features) } else { (in_features, out_features) }
-    };
-    let (rows, (_, width)) = (factors[0].1.rows, sides(factors[0].0));
+    let (rows, (_, width)) = (factors[0].1.rows, sides::<TRANSPOSED>(factors[0].0));
     for (matrix, x) in factors {
-        assert_eq!((x.rows, (x.depth.len(), width)), (rows, sides(matrix)), "shapes do not fit");
+        assert_eq!(
+            (x.rows, (x.depth.len(), width)),
+            (rows, sides::<TRANSPOSED>(matrix)),
+            "shapes do not fit"
+        );
     }
     assert_eq!(bias.map_or(width, <[f32]>::len), width);
     // Along a row NF4 is widened in whole blocks.
