@@ -12,6 +12,7 @@ use evalfw_engine::batch::Batch;
 use evalfw_engine::lora::{Adapter, AdapterTensors, LoraPair};
 use evalfw_engine::protocol::{DeviceMemory, TrainingConfig};
 use evalfw_engine::{Error, Evaluation, Model, Result, StepInput, StepResult};
+use evalfw_kernels::team;
 
 pub struct CandleModel {
     network: Network,
@@ -156,7 +157,13 @@ impl Model for CandleModel {
         if self.sequence.position == 0 {
             return Err(Error::protocol("decode continues a prefill, and there was none"));
         }
-        among_workers(self.network.form, || self.continue_sequence(&[token])).map_err(Error::framework)
+        let form = self.network.form;
+        let mut decode = || self.continue_sequence(&[token]);
+        match form {
+            Form::Host => team::awake(decode),
+            Form::Device | Form::Stock => decode(),
+        }
+        .map_err(Error::framework)
     }
 
     fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {

@@ -9,10 +9,13 @@ use crate::dot::{dot, dot_bf16, dot_i8};
 use crate::level::for_this_cpu;
 use crate::matrix::{Elements, HostMatrix};
 use crate::pages::prefer_huge_pages;
+use crate::team::for_each_piece;
 use rayon::prelude::*;
 
 /// Rows that one thread takes at a time.
 const ROWS: usize = 512;
+/// Rows that one thread multiplies in full at a time.
+const CANDIDATES: usize = 16;
 /// Rounding of two sums in f32, relative to the norms of their factors. Sums of `n` terms are off by less
 /// than n·2⁻²⁴ of that; they have partial sums, and rows are shorter than this many terms.
 const ROUNDING: f32 = 1e-4;
@@ -45,12 +48,18 @@ struct Vector<'a> {
 }
 
 /// What the products of some rows are between.
+#[derive(Clone, Copy)]
 struct Bounds {
     /// The largest product is at least this.
     at_least: f32,
     /// No product is larger than this.
     at_most: f32,
     finite: bool,
+}
+
+impl Bounds {
+    /// Of no rows.
+    const NONE: Self = Self { at_least: f32::NEG_INFINITY, at_most: f32::NEG_INFINITY, finite: true };
 }
 
 impl Screen {
@@ -74,37 +83,48 @@ impl Screen {
     /// The first row whose product with `x` is the largest; `None` if a product is not a number.
     pub fn argmax(&self, matrix: &HostMatrix, x: &[f32]) -> Option<usize> {
         let vector = Vector::new(x);
-        // No product is larger than this, for each row.
         let mut limits = vec![0.0; self.rows.len()];
-        let pieces = self.codes.par_chunks(ROWS * x.len()).zip(self.rows.par_chunks(ROWS));
-        let bounds: Vec<Bounds> = pieces
-            .zip(limits.par_chunks_mut(ROWS))
-            .map(|((codes, rows), limits)| {
-                vector.products(codes, rows, limits);
-                bound(limits, rows, &vector)
-            })
-            .collect();
-        if bounds.iter().any(|piece| !piece.finite) {
+        let mut pieces: Vec<_> = limits.chunks_mut(ROWS).map(|limits| (limits, Bounds::NONE)).collect();
+        for_each_piece(&mut pieces, 1, |i, piece| {
+            for (limits, bounds) in piece {
+                let first = i * ROWS;
+                let rows = &self.rows[first..first + limits.len()];
+                vector.products(&self.codes[first * x.len()..][..rows.len() * x.len()], rows, limits);
+                *bounds = bound(limits, rows, &vector);
+            }
+        });
+        if pieces.iter().any(|(_, bounds)| !bounds.finite) {
             return None;
         }
-        let at_least = bounds.iter().map(|piece| piece.at_least).fold(f32::NEG_INFINITY, f32::max);
-        let pieces = bounds.iter().zip(limits.chunks(ROWS)).enumerate();
-        let pieces = pieces.filter(|(_, (bounds, _))| bounds.at_most >= at_least);
-        let mut best = None;
-        for (piece, (_, limits)) in pieces {
-            for (i, _) in limits.iter().enumerate().filter(|(_, limit)| **limit >= at_least) {
-                let row = piece * ROWS + i;
-                let product = matrix.row_product(row, x);
-                if product.is_nan() {
-                    return None;
-                }
-                if best.is_none_or(|(_, largest)| product > largest) {
-                    best = Some((row, product));
-                }
+        let at_least = pieces.iter().map(|(_, bounds)| bounds.at_least).fold(f32::NEG_INFINITY, f32::max);
+        let mut candidates = Vec::new();
+        for (i, (limits, bounds)) in pieces.iter().enumerate() {
+            if bounds.at_most >= at_least {
+                let rows = (i * ROWS..).zip(limits.iter()).filter(|(_, limit)| **limit >= at_least);
+                candidates.extend(rows.map(|(row, _)| (row, 0.0)));
             }
         }
-        best.map(|(row, _)| row)
+        for_each_piece(&mut candidates, CANDIDATES, |_, candidates| {
+            for (row, product) in candidates {
+                *product = matrix.row_product(*row, x);
+            }
+        });
+        largest(&candidates)
     }
+}
+
+/// The first row with the largest product.
+fn largest(products: &[(usize, f32)]) -> Option<usize> {
+    let mut best: Option<(usize, f32)> = None;
+    for &(row, product) in products {
+        if product.is_nan() {
+            return None;
+        }
+        if best.is_none_or(|(_, largest)| product > largest) {
+            best = Some((row, product));
+        }
+    }
+    best.map(|(row, _)| row)
 }
 
 impl<'a> Vector<'a> {
@@ -140,7 +160,7 @@ for_this_cpu! {
 
 #[inline(always)]
 fn add_errors(products: &mut [f32], rows: &[Row], vector: &Vector<'_>) -> Bounds {
-    let mut bounds = Bounds { at_least: f32::NEG_INFINITY, at_most: f32::NEG_INFINITY, finite: true };
+    let mut bounds = Bounds::NONE;
     for (product, row) in products.iter_mut().zip(rows) {
         let error = row.error * vector.of_errors + row.norm * vector.of_norms;
         bounds.finite &= product.is_finite();
@@ -300,7 +320,7 @@ mod tests {
         HostMatrix::new(Weight::Dense(DenseTensor { shape, data }), Products::F32)
     }
 
-    fn largest(products: &[f32]) -> usize {
+    fn place_of_largest(products: &[f32]) -> usize {
         let best = |best: usize, i: usize| if products[i] > products[best] { i } else { best };
         (0..products.len()).fold(0, best)
     }
@@ -314,7 +334,7 @@ mod tests {
             let x: Vec<f32> = (0..width).map(|i| (i as f32 * frequency).cos()).collect();
             let mut products = vec![0.0; height];
             matrix.add_product(&x, &mut products);
-            prop_assert_eq!(matrix.argmax(&x), Some(largest(&products)));
+            prop_assert_eq!(matrix.argmax(&x), Some(place_of_largest(&products)));
         }
     }
 

@@ -5,14 +5,17 @@
 //! - [`product`]: many rows, as in prefill and training; bound by arithmetic. Each weight is widened once
 //!   for each product, into a tile that stays in the cache of the core that uses it
 //! - `argmax`: the largest row of a product, as greedy decoding wants it
+//! - [`attention`]: of one query, as in decoding
 //! - [`elementwise`]: loops with an exponential
 //! - [`filled`]: the memory of results
 //! - [`level`]: the instruction sets, found at run time
 //! - `pages`: memory that is read without waiting for its addresses
+//! - [`team`]: threads that stay awake from one short loop to the next
 //!
 //! Nothing here knows a framework: engines call it from their own extension points.
 
 mod argmax;
+pub mod attention;
 mod dot;
 pub mod elementwise;
 pub mod filled;
@@ -21,6 +24,7 @@ mod matrix;
 mod nf4;
 mod pages;
 mod product;
+pub mod team;
 #[cfg(target_arch = "x86_64")]
 mod transpose;
 mod vector;

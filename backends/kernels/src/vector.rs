@@ -7,8 +7,8 @@ use crate::level::{Level, level};
 #[cfg(target_arch = "x86_64")]
 use crate::matrix::Products;
 use crate::matrix::{Elements, HostMatrix};
+use crate::team::for_each_piece;
 use evalfw_engine::nf4::BLOCK;
-use rayon::prelude::*;
 
 /// Rows that one thread takes at a time.
 const ROWS: usize = 64;
@@ -28,24 +28,22 @@ pub fn add_product(matrix: &HostMatrix, x: &[f32], out: &mut [f32]) {
     }
     // The fewest rows of NF4 that begin with a block.
     let step = (1..=BLOCK).find(|rows| (rows * width).is_multiple_of(BLOCK)).unwrap_or(BLOCK);
-    out.par_chunks_mut(ROWS).enumerate().for_each_init(
-        || vec![0.0; step * width],
-        |scratch, (i, out)| {
-            for (j, out) in out.chunks_mut(step).enumerate() {
-                let start = (i * ROWS + j * step) * width;
-                let range = start..start + out.len() * width;
-                match &matrix.elements {
-                    Elements::F32(values) => add_dots(out, &values[range], x, dot),
-                    Elements::Bf16(values) => add_dots(out, &values[range], x, dot_bf16),
-                    Elements::F16(_) | Elements::Nf4(_) => {
-                        let scratch = &mut scratch[..range.len()];
-                        matrix.widen(start, scratch);
-                        add_dots(out, scratch, x, dot);
-                    }
+    for_each_piece(out, ROWS, |i, out| {
+        let mut scratch = Vec::new();
+        for (j, out) in out.chunks_mut(step).enumerate() {
+            let start = (i * ROWS + j * step) * width;
+            let range = start..start + out.len() * width;
+            match &matrix.elements {
+                Elements::F32(values) => add_dots(out, &values[range], x, dot),
+                Elements::Bf16(values) => add_dots(out, &values[range], x, dot_bf16),
+                Elements::F16(_) | Elements::Nf4(_) => {
+                    scratch.resize(range.len(), 0.0);
+                    matrix.widen(start, &mut scratch);
+                    add_dots(out, &scratch, x, dot);
                 }
             }
-        },
-    );
+        }
+    });
 }
 
 /// Adds to each element of `out` the product of its row and `x`.
@@ -59,11 +57,12 @@ fn add_dots<T>(out: &mut [f32], rows: &[T], x: &[f32], dot: fn(&[T], &[f32]) -> 
 mod avx512 {
     use super::ROWS;
     use crate::nf4::avx512::absmax;
+    use crate::team::for_each_piece;
     use crate::transpose::{SIDE, transpose};
     use evalfw_engine::nf4::{BLOCK, LEVELS, Nf4Tensor};
     use half::bf16;
-    use rayon::prelude::*;
     use std::arch::x86_64::*;
+    use std::cell::RefCell;
 
     /// Weights that are multiplied together: the codes fill one register.
     const CHUNK: usize = 2 * BLOCK;
@@ -75,8 +74,11 @@ mod avx512 {
     /// Bytes by which codes are fetched ahead, at the least: into the second cache, as the first can wait for too few
     /// lines at a time to make up for the memory's latency.
     const AHEAD: usize = 8192;
-    /// A matrix with fewer chunks is about done when another thread has woken up.
-    const FEW_CHUNKS: usize = 1024;
+
+    thread_local! {
+        /// Memory to work in.
+        static SCALES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    }
 
     /// A chunk of the vector, in the order in which shifting a register of codes uncovers their nibbles.
     #[repr(align(64))]
@@ -265,15 +267,11 @@ mod avx512 {
         // SAFETY: whoever chose the factors has seen that the CPU has their instructions.
         let chunk = |x| unsafe { F::chunk(x) };
         let chunks: Vec<_> = x.as_chunks::<CHUNK>().0.iter().map(chunk).collect();
-        let add_rows = |scales: &mut Vec<f32>, first, out: &mut [f32]| {
+        for_each_piece(out, ROWS, |i, out| {
+            let rows = Rows { tensor, first: i * ROWS };
             // SAFETY: as above.
-            unsafe { F::add_rows(Rows { tensor, first }, &chunks, scales, out) };
-        };
-        if out.len() * chunks.len() < FEW_CHUNKS {
-            return add_rows(&mut Vec::new(), 0, out);
-        }
-        let pieces = out.par_chunks_mut(ROWS).enumerate();
-        pieces.for_each_init(Vec::new, |scales, (i, out)| add_rows(scales, i * ROWS, out));
+            SCALES.with_borrow_mut(|scales| unsafe { F::add_rows(rows, &chunks, scales, out) });
+        });
     }
 
     /// `out` has an element for each of the rows; `scales` is memory to work in.

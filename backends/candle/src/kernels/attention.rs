@@ -3,8 +3,10 @@
 
 use crate::kernels::product::{Threads, View, ViewMut, add_product, put_product};
 use crate::kernels::softmax::softmax;
+use evalfw_kernels::attention::{Seen, attend};
 use evalfw_kernels::dot;
 use evalfw_kernels::filled::zeros;
+use evalfw_kernels::team::for_each_piece;
 use rayon::prelude::*;
 
 /// Queries whose scores exist at a time, for each thread.
@@ -30,9 +32,24 @@ pub struct Gradients {
 
 /// The weighted values, in the layout of `q`.
 pub fn forward(shape: Shape, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
+    if (shape.examples, shape.queries) == (1, 1) {
+        return forward_one(shape, q, k, v);
+    }
     let heads: Vec<_> = shape.heads(q, k, v).map(|head| head.forward()).collect();
     let mut out = zeros(q.len());
     shape.interleave(|head| &heads[head], &mut out);
+    out
+}
+
+/// For a token that is decoded.
+fn forward_one(shape: Shape, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
+    let Shape { heads, kv_heads, dim, .. } = shape;
+    let mut out = vec![0.0; q.len()];
+    for_each_piece(&mut out, dim, |head, out| {
+        let first = head / (heads / kv_heads) * dim;
+        let seen = Seen { keys: &k[first..], values: &v[first..], stride: kv_heads * dim };
+        attend(&q[head * dim..][..dim], seen, out);
+    });
     out
 }
 
