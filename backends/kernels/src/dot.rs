@@ -17,16 +17,6 @@ for_this_cpu! {
     pub fn dot_bf16(a: &[bf16], b: &[f32]) -> f32 = dot_widening
 }
 
-for_this_cpu! {
-    /// Σ aᵢ bᵢ, where `a` is made f32 on the way.
-    pub fn dot_i8(a: &[i8], b: &[f32]) -> f32 = dot_integers
-}
-
-#[inline(always)]
-fn dot_integers(a: &[i8], b: &[f32]) -> f32 {
-    dot_body(a, b, f32::from)
-}
-
 #[inline(always)]
 fn dot_f32(a: &[f32], b: &[f32]) -> f32 {
     dot_body(a, b, |v| v)
@@ -54,7 +44,14 @@ pub fn dot_body<T: Copy>(a: &[T], b: &[f32], widen: impl Fn(T) -> f32) -> f32 {
         }
     }
     let rest: f32 = a_rest.iter().zip(b_rest).map(|(&a, &b)| widen(a) * b).sum();
-    sums.iter().sum::<f32>() + rest
+    // By halves: one after the other, each sum would wait for the one before.
+    let mut lanes = LANES;
+    while lanes > 1 {
+        lanes /= 2;
+        let (low, high) = sums.split_at_mut(lanes);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+    }
+    sums[0] + rest
 }
 
 #[cfg(test)]
