@@ -47,13 +47,11 @@ impl Block {
     pub fn forward(&self, x: &Tensor, pass: &Pass<'_>, cache: Option<&mut BlockCache>) -> Result<Tensor> {
         let (config, graph) = (pass.config, pass.graph());
         let normed = rms_norm(graph, x, &self.input_norm, config.rms_norm_eps)?;
-        let heads = |target, heads| {
-            let out = self.project(target, &normed, pass)?;
-            graph.reshape(&out, (pass.examples, pass.slots, heads, config.head_dim))
-        };
-        let q = rope(graph, &heads(Target::Q, config.num_attention_heads)?, &pass.rope)?;
-        let k = rope(graph, &heads(Target::K, config.num_key_value_heads)?, &pass.rope)?;
-        let v = heads(Target::V, config.num_key_value_heads)?;
+        let [q, k, v] = self.project_all([Target::Q, Target::K, Target::V], &normed, pass)?;
+        let heads = |x: &Tensor, heads| graph.reshape(x, (pass.examples, pass.slots, heads, config.head_dim));
+        let q = rope(graph, &heads(&q, config.num_attention_heads)?, &pass.rope)?;
+        let k = rope(graph, &heads(&k, config.num_key_value_heads)?, &pass.rope)?;
+        let v = heads(&v, config.num_key_value_heads)?;
         let (k, v) = match cache {
             Some(cache) => cache.append(&k, &v)?,
             None => (k, v),
@@ -65,9 +63,17 @@ impl Block {
         let x = add(graph, x, &self.project(Target::O, &attended, pass)?)?;
 
         let normed = rms_norm(graph, &x, &self.post_attention_norm, config.rms_norm_eps)?;
-        let gate = self.project(Target::Gate, &normed, pass)?;
-        let up = self.project(Target::Up, &normed, pass)?;
+        let [gate, up] = self.project_all([Target::Gate, Target::Up], &normed, pass)?;
         add(graph, &x, &self.project(Target::Down, &swiglu(graph, &gate, &up)?, pass)?)
+    }
+
+    fn project_all<const N: usize>(
+        &self,
+        targets: [Target; N],
+        x: &Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<[Tensor; N]> {
+        Linear::forward_all(targets.map(|target| &self.projections[target as usize]), x, pass)
     }
 
     fn project(&self, target: Target, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {

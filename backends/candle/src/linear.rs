@@ -6,7 +6,9 @@ use crate::matrix::{FrozenMatrix, HostMatrix};
 use crate::network::Pass;
 use crate::ops::{Form, Graph, by_hand};
 use crate::values::{CpuValues, stored};
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, Device, Layout, Result, Shape, Tensor, Var, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp3, Device, Error, Layout, Result, Shape, Tensor, Var, bail,
+};
 use evalfw_engine::dropout::MaskKey;
 use evalfw_engine::lora::Target;
 use evalfw_kernels::filled::{PIECE, filled};
@@ -42,6 +44,26 @@ impl Linear {
         Ok(result)
     }
 
+    /// [`forward`](Self::forward) of several layers for the same `x`. One row goes through the matrices of all of them in
+    /// one loop, as the threads would otherwise wait for each other after each matrix.
+    pub fn forward_all<const N: usize>(
+        layers: [&Self; N],
+        x: &Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<[Tensor; N]> {
+        let plain = |layer: &&Self| layer.lora.is_none() && layer.frozen.on_host().is_ok();
+        if pass.form == Form::Host && !pass.training && x.dim(0)? == 1 && layers.iter().all(plain) {
+            let together = x.apply_op1(FrozenRow(layers.map(|layer| layer.frozen.clone())))?;
+            let mut start = 0;
+            return array(layers, |layer| {
+                let width = layer.frozen.matrix.shape()[0];
+                start += width;
+                together.narrow(1, start - width, width)
+            });
+        }
+        array(layers, |layer| layer.forward(x, pass))
+    }
+
     fn project(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let Some(lora) = &self.lora else { return self.frozen.forward(pass, x) };
         // Detached factors leave no graph behind.
@@ -68,6 +90,12 @@ impl Linear {
             Form::Stock => op.composed(x, &a, &b, pass.training),
         }
     }
+}
+
+/// Like [`array::map`](array), up to the first error.
+fn array<T, R, const N: usize>(items: [T; N], of: impl FnMut(T) -> Result<R>) -> Result<[R; N]> {
+    let all = items.into_iter().map(of).collect::<Result<Vec<_>>>()?;
+    all.try_into().map_err(|all: Vec<R>| Error::Msg(format!("{} of {N} items", all.len())))
 }
 
 /// The part that is not trained. Its gradient goes to the input only: a plain matmul would compute the
@@ -147,6 +175,26 @@ impl CustomOp1 for FrozenOp {
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         self.0.matrix.transposed_product(&grad.contiguous()?).map(Some)
+    }
+}
+
+/// What several layers make of one row, one after the other, without a backward.
+struct FrozenRow<const N: usize>([Arc<Frozen>; N]);
+
+impl<const N: usize> CustomOp1 for FrozenRow<N> {
+    fn name(&self) -> &'static str {
+        "frozen-row"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let biases = array(self.0.each_ref(), |layer| layer.bias.as_ref().map(CpuValues::new).transpose())?;
+        let mut layers = Vec::with_capacity(N);
+        for (layer, bias) in self.0.iter().zip(&biases) {
+            layers.push((layer.on_host()?, bias.as_ref().map(CpuValues::slice).transpose()?));
+        }
+        let out = HostMatrix::products_of_row(&layers, stored(storage, layout)?);
+        let shape = Shape::from((1, out.len()));
+        Ok((CpuStorage::F32(out), shape))
     }
 }
 

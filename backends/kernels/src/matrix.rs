@@ -85,8 +85,20 @@ impl HostMatrix {
         if x.len() != self.shape[1] {
             return product::product(self, x, bias);
         }
-        let mut out = bias.map_or_else(|| vec![0.0; self.shape[0]], <[f32]>::to_vec);
-        vector::add_product(self, x, &mut out);
+        Self::products_of_row(&[(self, bias)], x)
+    }
+
+    /// `x · Wᵀ + bias` of several matrices for one row of activations, one after the other.
+    pub fn products_of_row(matrices: &[(&Self, Option<&[f32]>)], x: &[f32]) -> Vec<f32> {
+        let mut out = Vec::with_capacity(matrices.iter().map(|(matrix, _)| matrix.shape[0]).sum());
+        for (matrix, bias) in matrices {
+            match bias {
+                Some(bias) => out.extend_from_slice(bias),
+                None => out.resize(out.len() + matrix.shape[0], 0.0),
+            }
+        }
+        let matrices: Vec<_> = matrices.iter().map(|(matrix, _)| *matrix).collect();
+        vector::add_products(&matrices, x, &mut out);
         out
     }
 
@@ -107,7 +119,7 @@ impl HostMatrix {
 
     /// `out += W · x` for one row of activations.
     pub fn add_product(&self, x: &[f32], out: &mut [f32]) {
-        vector::add_product(self, x, out);
+        vector::add_products(&[self], x, out);
     }
 
     /// The first row whose product with `x` is the largest; `None` if a product is not a number.

@@ -2,10 +2,6 @@
 //! memory's bandwidth is the limit, and the arithmetic has to keep out of its way.
 
 use crate::dot::{dot, dot_bf16};
-#[cfg(target_arch = "x86_64")]
-use crate::level::{Level, level};
-#[cfg(target_arch = "x86_64")]
-use crate::matrix::Products;
 use crate::matrix::{Elements, HostMatrix};
 use crate::team::for_each_piece;
 use evalfw_engine::nf4::BLOCK;
@@ -13,37 +9,71 @@ use evalfw_engine::nf4::BLOCK;
 /// Rows that one thread takes at a time.
 const ROWS: usize = 64;
 
-/// `out += W · x`
-pub fn add_product(matrix: &HostMatrix, x: &[f32], out: &mut [f32]) {
-    let width = x.len();
-    #[cfg(target_arch = "x86_64")]
-    if let Elements::Nf4(tensor) = &matrix.elements
-        && level() == Level::Avx512
-        && width.is_multiple_of(2 * BLOCK)
-    {
-        return match matrix.products {
-            Products::Bf16 => avx512::add_product::<avx512::Pairs>(tensor, x, out),
-            Products::F32 => avx512::add_product::<avx512::Single>(tensor, x, out),
-        };
-    }
-    // The fewest rows of NF4 that begin with a block.
-    let step = (1..=BLOCK).find(|rows| (rows * width).is_multiple_of(BLOCK)).unwrap_or(BLOCK);
-    for_each_piece(out, ROWS, |i, out| {
-        let mut scratch = Vec::new();
-        for (j, out) in out.chunks_mut(step).enumerate() {
-            let start = (i * ROWS + j * step) * width;
-            let range = start..start + out.len() * width;
-            match &matrix.elements {
-                Elements::F32(values) => add_dots(out, &values[range], x, dot),
-                Elements::Bf16(values) => add_dots(out, &values[range], x, dot_bf16),
-                Elements::F16(_) | Elements::Nf4(_) => {
-                    scratch.resize(range.len(), 0.0);
-                    matrix.widen(start, &mut scratch);
-                    add_dots(out, &scratch, x, dot);
-                }
+/// `out += W · x`, with the products of the matrices one after the other: in one loop over all their rows.
+pub fn add_products(matrices: &[&HostMatrix], x: &[f32], out: &mut [f32]) {
+    assert!(matrices.iter().all(|matrix| matrix.shape[1] == x.len()));
+    assert_eq!(matrices.iter().map(|matrix| matrix.shape[0]).sum::<usize>(), out.len());
+    let vector = Vector::new(matrices, x);
+    for_each_piece(out, ROWS, |piece, mut out| {
+        let mut first = piece * ROWS;
+        for matrix in matrices {
+            let height = matrix.shape[0];
+            let here = out.len().min(height.saturating_sub(first));
+            if let Some(out) = out.split_off_mut(..here).filter(|out| !out.is_empty()) {
+                vector.add_rows(matrix, first, out);
             }
+            first = first.saturating_sub(height);
         }
     });
+}
+
+/// A vector, in the form in which it is multiplied.
+struct Vector<'a> {
+    x: &'a [f32],
+    #[cfg(target_arch = "x86_64")]
+    chunks: Option<avx512::Chunks>,
+}
+
+impl<'a> Vector<'a> {
+    fn new(matrices: &[&HostMatrix], x: &'a [f32]) -> Self {
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = matrices;
+        Self {
+            x,
+            #[cfg(target_arch = "x86_64")]
+            chunks: avx512::Chunks::new(matrices, x),
+        }
+    }
+
+    /// The rows from `first`, on this thread.
+    fn add_rows(&self, matrix: &HostMatrix, first: usize, out: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if self.chunks.as_ref().is_some_and(|chunks| chunks.add_rows(matrix, first, out)) {
+            return;
+        }
+        add_rows(matrix, first, self.x, out);
+    }
+}
+
+/// As [`Vector::add_rows`], on any CPU.
+fn add_rows(matrix: &HostMatrix, first: usize, x: &[f32], out: &mut [f32]) {
+    let width = x.len();
+    // The fewest rows of NF4 that begin with a block.
+    let step = (1..=BLOCK).find(|rows| (rows * width).is_multiple_of(BLOCK)).unwrap_or(BLOCK);
+    let mut scratch = Vec::new();
+    for (i, out) in out.chunks_mut(step).enumerate() {
+        let start = (first + i * step) * width;
+        let range = start..start + out.len() * width;
+        match &matrix.elements {
+            Elements::F32(values) => add_dots(out, &values[range], x, dot),
+            Elements::Bf16(values) => add_dots(out, &values[range], x, dot_bf16),
+            Elements::F16(_) | Elements::Nf4(_) => {
+                scratch.resize(range.len(), 0.0);
+                matrix.widen(start, &mut scratch);
+                add_dots(out, &scratch, x, dot);
+            }
+        }
+    }
 }
 
 /// Adds to each element of `out` the product of its row and `x`.
@@ -55,9 +85,9 @@ fn add_dots<T>(out: &mut [f32], rows: &[T], x: &[f32], dot: fn(&[T], &[f32]) -> 
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::ROWS;
+    use crate::level::{Level, level};
+    use crate::matrix::{Elements, HostMatrix, Products};
     use crate::nf4::avx512::absmax;
-    use crate::team::for_each_piece;
     use crate::transpose::{SIDE, transpose};
     use evalfw_engine::nf4::{BLOCK, LEVELS, Nf4Tensor};
     use half::bf16;
@@ -261,17 +291,42 @@ mod avx512 {
         }
     }
 
-    /// `out += W · x` on all threads, for rows that are whole chunks.
-    pub fn add_product<F: Factors + 'static>(tensor: &Nf4Tensor, x: &[f32], out: &mut [f32]) {
-        assert_eq!([out.len(), x.len()], tensor.shape);
-        // SAFETY: whoever chose the factors has seen that the CPU has their instructions.
-        let chunk = |x| unsafe { F::chunk(x) };
-        let chunks: Vec<_> = x.as_chunks::<CHUNK>().0.iter().map(chunk).collect();
-        for_each_piece(out, ROWS, |i, out| {
-            let rows = Rows { tensor, first: i * ROWS };
-            // SAFETY: as above.
-            SCALES.with_borrow_mut(|scales| unsafe { F::add_rows(rows, &chunks, scales, out) });
-        });
+    /// A vector in whole chunks, for the products of NF4.
+    pub enum Chunks {
+        Pairs(Vec<Chunk<bf16>>),
+        Single(Vec<Chunk<f32>>),
+    }
+
+    impl Chunks {
+        /// As the first of the matrices in NF4 needs them, if the CPU has the instructions.
+        pub fn new(matrices: &[&HostMatrix], x: &[f32]) -> Option<Self> {
+            let nf4 = matrices.iter().find(|matrix| matches!(matrix.elements, Elements::Nf4(_)))?;
+            let (chunks, rest) = x.as_chunks::<CHUNK>();
+            if level() != Level::Avx512 || !rest.is_empty() {
+                return None;
+            }
+            // SAFETY: the CPU has the instructions: of f32 with the level, and of bf16 as a matrix has such products
+            // only then.
+            Some(match nf4.products {
+                Products::Bf16 => Self::Pairs(chunks.iter().map(|x| unsafe { Pairs::chunk(x) }).collect()),
+                Products::F32 => Self::Single(chunks.iter().map(|x| unsafe { Single::chunk(x) }).collect()),
+            })
+        }
+
+        /// Adds the products of the rows from `first`; false where the matrix needs the vector in another form.
+        pub fn add_rows(&self, matrix: &HostMatrix, first: usize, out: &mut [f32]) -> bool {
+            let Elements::Nf4(tensor) = &matrix.elements else { return false };
+            let rows = Rows { tensor, first };
+            // SAFETY: whoever made the chunks has seen that the CPU has their instructions.
+            SCALES.with_borrow_mut(|scales| unsafe {
+                match (self, matrix.products) {
+                    (Self::Pairs(chunks), Products::Bf16) => Pairs::add_rows(rows, chunks, scales, out),
+                    (Self::Single(chunks), Products::F32) => Single::add_rows(rows, chunks, scales, out),
+                    _ => return false,
+                }
+                true
+            })
+        }
     }
 
     /// `out` has an element for each of the rows; `scales` is memory to work in.
