@@ -1,6 +1,6 @@
 //! Attention of one query, as in decoding: a product with each key, and a weighted sum of the values.
 
-use crate::dot::dot_body;
+use crate::dot;
 use crate::elementwise::exponentials;
 use crate::level::for_this_cpu;
 
@@ -25,14 +25,9 @@ pub fn attend(q: &[f32], seen: Seen<'_>, out: &mut [f32]) {
     out.iter_mut().for_each(|value| *value *= factor);
 }
 
-for_this_cpu! {
-    fn products(q: &[f32], rows: (&[f32], usize), out: &mut [f32]) -> () = products_body
-}
-
-#[inline(always)]
-fn products_body(q: &[f32], (rows, stride): (&[f32], usize), out: &mut [f32]) {
+fn products(q: &[f32], (rows, stride): (&[f32], usize), out: &mut [f32]) {
     for (row, out) in rows.chunks(stride).zip(out) {
-        *out = dot_body(&row[..q.len()], q, |value| value);
+        *out = dot(&row[..q.len()], q);
     }
 }
 

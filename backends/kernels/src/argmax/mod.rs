@@ -181,13 +181,14 @@ fn add_errors(
     limits: &mut [f32; ROWS],
 ) -> f32 {
     let mut at_least = [f32::NEG_INFINITY; LANES];
-    for i in 0..ROWS {
-        let product = products[i] as f32 * scale * rows.scales[i];
-        let error = rows.errors[i] * errors.of_rows + rows.norms[i] * errors.of_vector;
-        limits[i] = product + error;
-        let lower = product - error;
-        let at_least = &mut at_least[i % LANES];
-        *at_least = if lower > *at_least { lower } else { *at_least };
+    for start in (0..ROWS).step_by(LANES) {
+        for (lane, at_least) in at_least.iter_mut().enumerate() {
+            let i = start + lane;
+            let product = products[i] as f32 * scale * rows.scales[i];
+            let error = rows.errors[i] * errors.of_rows + rows.norms[i] * errors.of_vector;
+            limits[i] = product + error;
+            *at_least = f32::max(*at_least, product - error);
+        }
     }
     at_least.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }
