@@ -70,7 +70,9 @@ class Comparison:
         self.take_limits(limits_python)
         for job, number, contender in plan.interleaved(contenders, self.settings):
             say(f"{job}, round {number}: {contender.name}")
+            before = self.read_rate(job, limits_python)
             measurement = self.measure(job, number, contender)
+            measurement.read_rates = [*before, *self.read_rate(job, limits_python)]
             say(f"  {measurement.error or 'ok'}, {measurement.wall_seconds:.1f} s")
             self.measurements.append(measurement)
             self.write()
@@ -81,6 +83,13 @@ class Comparison:
         if python is not None:
             say("the machine's limits")
             self.run["limits"].append(machine.limits(python, self.settings.threads, self.gpu))
+
+    def read_rate(self, job: str, python: str | None) -> list[float]:
+        """For inference, which reads every weight for each token."""
+        if job != "infer" or python is None or self.gpu:
+            return []
+        rate = machine.read_rate(python, self.settings.threads)
+        return [] if rate is None else [rate]
 
     def measure(self, job: str, number: int, contender: Contender) -> Measurement:
         command = contender.command(job)

@@ -66,6 +66,16 @@ def limits(python: str, threads: int, gpu: Nvml | None = None) -> dict:
         return {"error": str(error)}
 
 
+def read_rate(python: str, threads: int) -> float | None:
+    """Bytes that one or all threads read per second now, the better of the two."""
+    command = [python, str(HERE / "workers" / "limits.py"), "--threads", str(threads), "--only-reads"]
+    try:
+        finished = process.run(command, {"OMP_NUM_THREADS": str(threads)}, timeout_seconds=60)
+        return max(json.loads(finished.stdout.splitlines()[-1])["read_bytes_per_second"].values())
+    except (OSError, ValueError, IndexError, KeyError):
+        return None
+
+
 def best(taken: list[dict]) -> dict[str, float]:
     """The highest of each limit: anything less was a disturbance."""
     found: dict[str, float] = {}

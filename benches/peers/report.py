@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from statistics import mean, median
 
 import machine
 import process
@@ -117,23 +118,36 @@ def limits(run: dict, results: Results, shapes: Shapes | None) -> Iterator[str]:
     settings = results.settings
     product = BEST_PRODUCT[settings.device]
     matrix = best.get(product)
-    read = max((rate for name, rate in best.items() if "read" in name), default=None)
     rows = []
     if matrix and "train" in settings.jobs:
         for recompute, label in ((True, "training"), (False, "training, recompute not counted")):
             flops = shapes.step_flops(settings, recompute)
             for name, seconds in middles(results, "train", "s/step"):
                 rows.append([label, name, f"{flops / 1e12:.2f} TFLOP", share(flops / seconds / matrix)])
-    if read and "infer" in settings.jobs:
-        for name, rate in middles(results, "infer", "generated tokens/s"):
-            size = weight_bytes(results, name)
-            if size:
-                rows.append(["generating", name, f"{size / 1e9:.3f} GB", share(size * rate / read)])
+    if "infer" in settings.jobs:
+        for name, size, shares in read_shares(results):
+            shown = f"{share(shares.middle)} ({share(shares.low)}–{share(shares.high)})"
+            rows.append(["generating", name, f"{size / 1e9:.3f} GB", shown])
     if rows:
         yield ""
-        reading = " or read" if "infer" in settings.jobs else ""
-        best_rate = f"of the best {product.removesuffix(' product')}{reading} rate"
+        reading = "; generating: of the read rate around each run" if "infer" in settings.jobs else ""
+        best_rate = f"of the best {product.removesuffix(' product')} rate{reading}"
         yield from table(["work", "", "of a step or token", best_rate], rows)
+
+
+def read_shares(results: Results) -> Iterator[tuple[str, int, Figure]]:
+    """Weights read per second, as a share of what the machine read just before and just after."""
+    rates = next(q for q in results.quantities("infer") if q.name == "generated tokens/s")
+    for contender in results.contenders("infer"):
+        size = weight_bytes(results, contender)
+        shares = [
+            median(rates.values(m.samples, results.settings)) * size / mean(m.read_rates)
+            for m in results.measurements
+            if m.contender == contender and m.job == "infer" and m.samples and m.read_rates and size
+        ]
+        figure = Figure.of(shares)
+        if size and figure:
+            yield contender, size, figure
 
 
 def tail(results: Results) -> Iterator[str]:

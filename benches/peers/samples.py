@@ -38,6 +38,8 @@ class Measurement:
     foreign_cpu_share: float = 0.0
     # What the device had in use before the process: others' memory shows here.
     device_before_bytes: int | None = None
+    # What the machine read per second just before and just after: its host may give it less or more at any time.
+    read_rates: list[float] = field(default_factory=list)
     error: str | None = None
     stderr_tail: list[str] = field(default_factory=list)
     samples: Samples | None = None

@@ -106,6 +106,17 @@ class Ratios(unittest.TestCase):
         text = report.render({"started_at": "", "machine": about, "limits": []}, results, None, ("ours",))
         self.assertIn("took up to 40%", text)
 
+    def test_generating_is_held_against_the_read_rate_around_it(self) -> None:
+        sizes = {"weight_bytes": 5 * 10**8, "generate_seconds": [1.0]}
+        taken = [measured("ours", "infer", number, **sizes) for number in range(3)]
+        for measurement, rates in zip(taken, ([4e10, 6e10], [4e10, 4e10], []), strict=True):
+            measurement.read_rates = rates
+        results = Results(taken, SETTINGS)
+        shares = list(report.read_shares(results))
+        tokens = SETTINGS.generate_tokens
+        low, high = 5e8 * tokens / 5e10, 5e8 * tokens / 4e10
+        self.assertEqual(shares, [("ours", 5 * 10**8, figures.Figure((low + high) / 2, low, high))])
+
 
 class OnAGpu(unittest.TestCase):
     GPU = {"name": "G 1", "memory_bytes": 80_000_000_000, "driver": "580.1", "driver_cuda": "13.0"}

@@ -64,6 +64,6 @@ class Shapes:
         return (2 if recompute else 1) * forward + backward + 2 * head
 
     def nf4_weight_bytes(self) -> int:
-        """The projections in NF4 and a 16-bit head: the least that an NF4 engine reads for one token."""
+        """The projections in NF4 and a 16-bit head, as they are stored."""
         projections = self.layers * sum(i * o for i, o in self.projections())
         return round(NF4_BYTES * projections) + 2 * self.hidden * self.vocab

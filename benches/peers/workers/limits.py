@@ -36,9 +36,9 @@ def read_rate(values: torch.Tensor) -> float:
     return values.numel() * values.element_size() / fastest(values.sum)
 
 
-def measure(threads: int) -> dict[str, object]:
+def measure(threads: int, only_reads: bool) -> dict[str, object]:
     torch.set_num_threads(threads)
-    rates = {
+    rates = {} if only_reads else {
         name: {"x".join(map(str, shape)): matrix_rate(*shape, dtype) for shape in MATRICES}
         for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16))
     }
@@ -57,5 +57,7 @@ def measure(threads: int) -> dict[str, object]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--only-reads", action="store_true", help="no matrix products")
+    args = parser.parse_args()
     with torch.inference_mode():
-        print(json.dumps(measure(parser.parse_args().threads)))
+        print(json.dumps(measure(args.threads, args.only_reads)))
