@@ -82,6 +82,12 @@ pub const ENGINES: &[EngineSpec] = &[
         kernels: Kernels::Tuned { stock: None },
         open: burn::flex,
     },
+    EngineSpec {
+        name: "burn-flex-bf16",
+        summary: "Burn on a CPU that multiplies bf16",
+        kernels: Kernels::Tuned { stock: None },
+        open: burn::flex_bf16,
+    },
 ];
 
 /// The engines that run when none is named: a stock form runs where a suite asks for it.
@@ -184,15 +190,19 @@ mod candle {
 
 #[cfg(feature = "burn")]
 mod burn {
-    use evalfw_burn::{BurnDevice, open};
+    use evalfw_burn::{BurnDevice, Variant, open};
     use evalfw_engine::{Engine, Result};
 
     pub fn wgpu() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Wgpu)
+        open(BurnDevice::Wgpu, Variant::Tuned)
     }
 
     pub fn flex() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Flex)
+        open(BurnDevice::Flex, Variant::Tuned)
+    }
+
+    pub fn flex_bf16() -> Result<Box<dyn Engine>> {
+        open(BurnDevice::Flex, Variant::TunedBf16)
     }
 }
 
@@ -208,6 +218,8 @@ mod burn {
     pub fn flex() -> Result<Box<dyn Engine>> {
         left_out("burn")
     }
+
+    pub use flex as flex_bf16;
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@ use burn::tensor::wgpu::WgpuInitError;
 use burn_wgpu::{WgpuBackend, WgpuSetup, wgpu};
 use evalfw_engine::protocol::{DeviceInfo, DeviceKind};
 use evalfw_engine::{Error, Result};
+use evalfw_kernels::Products;
+use evalfw_kernels::memory::keep_freed_memory;
 use std::sync::Mutex;
 
 /// A device that is ready for tensors.
@@ -17,18 +19,21 @@ pub struct OpenDevice {
     pub info: DeviceInfo,
     /// The largest buffer a kernel can read, in bytes.
     pub max_buffer_bytes: u64,
+    /// The type of the factors of products with frozen matrices, on the CPU.
+    pub products: Products,
 }
 
 impl OpenDevice {
-    pub fn open(kind: BurnDevice) -> Result<Self> {
+    pub fn open(kind: BurnDevice, products: Products) -> Result<Self> {
         match kind {
-            BurnDevice::Flex => Ok(flex()),
+            BurnDevice::Flex => Ok(flex(products)),
             BurnDevice::Wgpu => wgpu(),
         }
     }
 }
 
-fn flex() -> OpenDevice {
+fn flex(products: Products) -> OpenDevice {
+    keep_freed_memory();
     let info = DeviceInfo {
         kind: DeviceKind::Cpu,
         name: evalfw_engine::host::cpu_name(),
@@ -36,7 +41,7 @@ fn flex() -> OpenDevice {
         software: false,
         memory_bytes: None,
     };
-    OpenDevice { kind: BurnDevice::Flex, device: Device::flex(), info, max_buffer_bytes: u64::MAX }
+    OpenDevice { kind: BurnDevice::Flex, device: Device::flex(), info, max_buffer_bytes: u64::MAX, products }
 }
 
 /// burn can set up an adapter only once in a process.
@@ -55,6 +60,7 @@ fn wgpu() -> Result<OpenDevice> {
         device,
         info: adapter_info(&setup),
         max_buffer_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
+        products: Products::F32,
     };
     Ok(opened.insert(device).clone())
 }
@@ -108,9 +114,9 @@ fn adapter_info(setup: &WgpuSetup) -> DeviceInfo {
 /// Flex, and wgpu where this machine has an adapter.
 #[cfg(test)]
 pub fn all_for_tests() -> Vec<OpenDevice> {
-    let wgpu = match OpenDevice::open(BurnDevice::Wgpu) {
+    let wgpu = match OpenDevice::open(BurnDevice::Wgpu, Products::F32) {
         Err(Error::Unavailable { .. }) => None,
         opened => Some(opened.unwrap()),
     };
-    [flex()].into_iter().chain(wgpu).collect()
+    [flex(Products::F32)].into_iter().chain(wgpu).collect()
 }

@@ -8,22 +8,25 @@ use crate::network::Network;
 use evalfw_engine::protocol::{EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::WeightLoader;
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
+use evalfw_kernels::Products;
+use evalfw_kernels::level::level;
 
 pub struct BurnEngine {
     device: OpenDevice,
 }
 
 impl BurnEngine {
-    pub fn open(device: BurnDevice) -> Result<Self> {
-        Ok(Self { device: OpenDevice::open(device)? })
+    pub fn open(device: BurnDevice, products: Products) -> Result<Self> {
+        Ok(Self { device: OpenDevice::open(device, products)? })
     }
 }
 
 impl Engine for BurnEngine {
     fn info(&self) -> EngineInfo {
-        let engine = match self.device.kind {
-            BurnDevice::Wgpu => "burn-wgpu",
-            BurnDevice::Flex => "burn-flex",
+        let engine = match (self.device.kind, self.device.products) {
+            (BurnDevice::Wgpu, _) => "burn-wgpu",
+            (BurnDevice::Flex, Products::F32) => "burn-flex",
+            (BurnDevice::Flex, Products::Bf16) => "burn-flex-bf16",
         };
         EngineInfo {
             protocol: VERSION,
@@ -32,7 +35,11 @@ impl Engine for BurnEngine {
             framework: "burn".into(),
             framework_version: env!("BURN_VERSION").into(),
             device: self.device.info.clone(),
-            compute_dtype: "f32".into(),
+            compute_dtype: match self.device.products {
+                Products::F32 => "f32",
+                Products::Bf16 => "bf16 products",
+            }
+            .into(),
             features: features(self.device.kind),
             quantizations: Quantization::usual(),
             threads: rayon::current_num_threads(),
@@ -55,7 +62,7 @@ impl Engine for BurnEngine {
 fn features(device: BurnDevice) -> Vec<String> {
     let known = match device {
         BurnDevice::Wgpu => vec![("autotune", cfg!(feature = "autotune"))],
-        BurnDevice::Flex => vec![("x86-v4", cfg!(feature = "x86-v4"))],
+        BurnDevice::Flex => vec![(level().name(), true), ("x86-v4", cfg!(feature = "x86-v4"))],
     };
     known.into_iter().filter(|(_, on)| *on).map(|(name, _)| name.to_owned()).collect()
 }

@@ -8,7 +8,6 @@ use burn::tensor::{Device, Tensor, TensorData};
 use evalfw_engine::nf4::Nf4Tensor;
 use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
 use std::ops::Range;
-use std::sync::Arc;
 
 /// W, `[out_features, in_features]`. Never differentiated: no gradient for it is computed or kept.
 #[derive(Debug)]
@@ -21,7 +20,10 @@ pub enum FrozenMatrix {
 impl FrozenMatrix {
     pub fn new(weight: Weight, device: &OpenDevice) -> Self {
         match weight {
-            Weight::Nf4(tensor) => Self::nf4(tensor, device),
+            weight if device.kind == BurnDevice::Flex => {
+                Self::on_host(HostMatrix::new(weight, device.products), device)
+            }
+            Weight::Nf4(tensor) => Self::nf4(&tensor, device),
             Weight::Dense(tensor) => {
                 let shape = tensor.shape;
                 Self::Dense(dense(tensor.into_f32(), shape, &device.device))
@@ -29,21 +31,20 @@ impl FrozenMatrix {
         }
     }
 
-    fn nf4(tensor: Nf4Tensor, device: &OpenDevice) -> Self {
+    fn nf4(tensor: &Nf4Tensor, device: &OpenDevice) -> Self {
         let [rows, columns] = tensor.shape;
-        let storage = match device.kind {
-            BurnDevice::Flex => Storage::Host(HostMatrix::Nf4(Arc::new(tensor))),
-            BurnDevice::Wgpu => Storage::nf4_words(&tensor, &device.device),
-        };
-        Self::packed(storage, 0..rows, columns, device)
+        Self::packed(Storage::nf4_words(tensor, &device.device), 0..rows, columns, device)
     }
 
-    /// Some rows of a table that stays as it is in host memory: on flex they are only referred to.
-    pub fn rows_of(table: &Arc<DenseTensor>, rows: Range<usize>, device: &OpenDevice) -> Self {
+    /// A matrix that stays where it is.
+    pub fn on_host(matrix: HostMatrix, device: &OpenDevice) -> Self {
+        let [rows, columns] = matrix.shape();
+        Self::packed(Storage::Host(matrix), 0..rows, columns, device)
+    }
+
+    /// Some rows of a table, in the memory of a GPU.
+    pub fn rows_of(table: &DenseTensor, rows: Range<usize>, device: &OpenDevice) -> Self {
         let columns = table.shape[1];
-        if device.kind == BurnDevice::Flex {
-            return Self::packed(Storage::Host(HostMatrix::Dense(table.clone())), rows, columns, device);
-        }
         let elements = rows.start * columns..rows.end * columns;
         let shape = [rows.len(), columns];
         match &table.data {
@@ -74,6 +75,14 @@ impl FrozenMatrix {
         }
     }
 
+    /// The matrix where it is in host memory.
+    pub fn host(&self) -> Option<&HostMatrix> {
+        match self {
+            Self::Packed(Packed { storage: Storage::Host(matrix), .. }) => Some(matrix),
+            Self::Packed(_) | Self::Dense(_) => None,
+        }
+    }
+
     /// `y [n, out] · W`, which is `[n, in]`; differentiable in `y`.
     pub fn matmul_transposed(&self, y: Tensor<2>) -> Tensor<2> {
         match self {
@@ -85,13 +94,9 @@ impl FrozenMatrix {
     }
 }
 
-/// Rows whose f32 values are a good size to work on: on the CPU they stay in the cache, on a GPU they keep
-/// it busy and fit into one buffer.
+/// Rows whose f32 values keep a GPU busy and fit into one buffer.
 pub fn rows_at_a_time(columns: usize, device: &OpenDevice) -> usize {
-    let bytes = match device.kind {
-        BurnDevice::Flex => 8 << 20,
-        BurnDevice::Wgpu => device.max_buffer_bytes.min(64 << 20),
-    };
+    let bytes = device.max_buffer_bytes.min(64 << 20);
     (bytes as usize / size_of::<f32>() / columns).max(1)
 }
 
@@ -161,20 +166,20 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_a_table_are_the_same_in_every_type() {
+    fn rows_of_a_table_are_the_same_in_every_type_on_a_gpu() {
         let shape = [7, 5];
         // Few bits, so that each type holds them exactly.
         let values: Vec<f32> = (0..35).map(|i| (i % 13) as f32 / 8.0 - 0.5).collect();
         let x: Vec<f32> = vec![1.0, -2.0, 0.5, 3.0, 0.25];
         let expected = product(&x, &values[10..25], [1, 5, 3], [1, 5]);
-        for device in all_for_tests() {
+        for device in all_for_tests().into_iter().filter(|device| device.kind == BurnDevice::Wgpu) {
             let types = [
                 DenseData::F32(values.clone()),
                 DenseData::F16(values.iter().map(|&v| f16::from_f32(v)).collect()),
                 DenseData::Bf16(values.iter().map(|&v| bf16::from_f32(v)).collect()),
             ];
             for data in types {
-                let table = Arc::new(DenseTensor { shape, data });
+                let table = DenseTensor { shape, data };
                 let rows = FrozenMatrix::rows_of(&table, 2..5, &device);
                 let y = rows.matmul(dense(x.clone(), [1, 5], &device.device));
                 assert_eq!(read(y).unwrap(), expected, "{:?} on {}", table.data, device.info.name);

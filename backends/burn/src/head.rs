@@ -1,20 +1,18 @@
 //! The output head and the loss on it.
 //!
-//! The head is cut into shards of vocabulary rows, and the loss takes some hidden rows at a time, so
-//! that the logits of all positions never exist together. Its gradient is written by hand:
-//! `(softmax − onehot) · W`.
+//! The loss takes some hidden rows at a time, so that the logits of all positions never exist together. Its gradient is
+//! written by hand: `(softmax − onehot) · W`. On a GPU the head is cut into shards of vocabulary rows, as a buffer has a
+//! largest size.
 
 use crate::device::OpenDevice;
 use crate::frozen::{FrozenMatrix, rows_at_a_time};
 use crate::guard::read;
+use crate::packed::HostMatrix;
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
-use evalfw_engine::Result;
 use evalfw_engine::weights::DenseTensor;
+use evalfw_engine::{Error, Result};
+use evalfw_kernels::loss;
 use std::ops::Range;
-use std::sync::Arc;
-
-/// Logits that may exist at a time: 128 MiB of them.
-const LOGITS: usize = 32 * 1024 * 1024;
 
 pub struct Head {
     shards: Vec<Shard>,
@@ -29,13 +27,22 @@ struct Shard {
 }
 
 impl Head {
-    pub fn new(table: &Arc<DenseTensor>, device: &OpenDevice) -> Self {
-        let [vocab_size, hidden] = table.shape;
-        Self::in_shards(table, device, rows_at_a_time(hidden, device), (LOGITS / vocab_size).max(1))
+    /// The whole in host memory.
+    pub fn on_host(table: HostMatrix, device: &OpenDevice) -> Self {
+        let [vocab_size, _] = table.shape();
+        let shard = Shard { tokens: 0..vocab_size, weight: FrozenMatrix::on_host(table, device) };
+        let rows_at_a_time = loss::rows_at_a_time(vocab_size);
+        Self { shards: vec![shard], rows_at_a_time, device: device.device.clone() }
     }
 
-    fn in_shards(
-        table: &Arc<DenseTensor>,
+    /// In as many buffers as the device needs.
+    pub fn in_shards(table: &DenseTensor, device: &OpenDevice) -> Self {
+        let [vocab_size, hidden] = table.shape;
+        Self::in_shards_of(table, device, rows_at_a_time(hidden, device), loss::rows_at_a_time(vocab_size))
+    }
+
+    fn in_shards_of(
+        table: &DenseTensor,
         device: &OpenDevice,
         shard_rows: usize,
         rows_at_a_time: usize,
@@ -48,18 +55,43 @@ impl Head {
         Self { shards: shards.collect(), rows_at_a_time, device: device.device.clone() }
     }
 
+    fn host(&self) -> Option<&HostMatrix> {
+        match &self.shards[..] {
+            [shard] => shard.weight.host(),
+            _ => None,
+        }
+    }
+
+    /// The most likely token after `hidden` `[1, hidden]`, the first of several.
+    pub fn most_likely(&self, hidden: Tensor<2>) -> Result<u32> {
+        match self.host() {
+            Some(head) => {
+                let not_a_number = || Error::not_finite("a logit is not a number");
+                head.argmax(&read(hidden)?).map(|token| token as u32).ok_or_else(not_a_number)
+            }
+            None => most_likely(&self.logits(hidden)?),
+        }
+    }
+
     /// The logits of `hidden` `[n, hidden]`, row-major `[n, vocab_size]`.
     pub fn logits(&self, hidden: Tensor<2>) -> Result<Vec<f32>> {
         read(Tensor::cat(self.sharded_logits(&hidden), 1))
     }
 
-    /// The negative log-likelihood of each target, `[n]`.
-    pub fn loss(&self, hidden: Tensor<2>, targets: &[u32]) -> Tensor<1> {
+    /// The sum of the negative log-likelihoods of the targets.
+    pub fn loss(&self, hidden: Tensor<2>, targets: &[u32]) -> Result<f64> {
+        if let Some(head) = self.host() {
+            let losses = self.chunks(targets).map(|rows| {
+                let hidden = read(take(&hidden, &rows))?;
+                Ok(head.cross_entropy(&hidden, &targets[rows], None).0)
+            });
+            return losses.sum();
+        }
         let losses = self.chunks(targets).map(|rows| {
             let logits = self.sharded_logits(&take(&hidden, &rows));
             self.negative_log_likelihood(&logits, &targets[rows]).0
         });
-        Tensor::cat(losses.collect(), 0)
+        sum(Tensor::cat(losses.collect(), 0))
     }
 
     /// The same, and the gradient of its sum divided by `divisor`, `[n, hidden]`.
@@ -68,7 +100,19 @@ impl Head {
         hidden: Tensor<2>,
         targets: &[u32],
         divisor: usize,
-    ) -> (Tensor<1>, Tensor<2>) {
+    ) -> Result<(f64, Tensor<2>)> {
+        if let Some(head) = self.host() {
+            let (mut sum, mut gradients) = (0.0, Vec::new());
+            for rows in self.chunks(targets) {
+                let hidden = read(take(&hidden, &rows))?;
+                let weight = 1.0 / divisor as f64;
+                let (loss, of_logits) = head.cross_entropy(&hidden, &targets[rows.clone()], Some(weight));
+                sum += loss;
+                gradients.extend(head.transposed_product(&of_logits));
+            }
+            let gradient = TensorData::new(gradients, hidden.dims());
+            return Ok((sum, Tensor::from_data(gradient, &self.device)));
+        }
         let chunks = self.chunks(targets).map(|rows| {
             let logits = self.sharded_logits(&take(&hidden, &rows));
             let targets = &targets[rows];
@@ -83,7 +127,7 @@ impl Head {
             (loss, gradient / divisor as f64)
         });
         let (losses, gradients): (Vec<_>, Vec<_>) = chunks.unzip();
-        (Tensor::cat(losses, 0), Tensor::cat(gradients, 0))
+        Ok((sum(Tensor::cat(losses, 0))?, Tensor::cat(gradients, 0)))
     }
 
     /// The loss of each row, `[n]`, and the logarithm of its sum of exponentials, `[n, 1]`.
@@ -106,7 +150,8 @@ impl Head {
     }
 
     fn chunks(&self, targets: &[u32]) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (count, step) = (targets.len(), self.rows_at_a_time);
+        let count = targets.len();
+        let step = loss::rows_of_a_chunk(count, self.rows_at_a_time);
         (0..count).step_by(step).map(move |first| first..count.min(first + step))
     }
 }
@@ -130,6 +175,20 @@ impl Shard {
     }
 }
 
+/// Adds up in f64 what the device computed in f32.
+fn sum(losses: Tensor<1>) -> Result<f64> {
+    Ok(read(losses)?.into_iter().map(f64::from).sum())
+}
+
+/// Index of the largest logit, the first of several.
+fn most_likely(logits: &[f32]) -> Result<u32> {
+    if let Some(bad) = logits.iter().find(|v| !v.is_finite()) {
+        return Err(Error::not_finite(format_args!("a logit is {bad}")));
+    }
+    let best = logits.iter().enumerate().reduce(|best, next| if next.1 > best.1 { next } else { best });
+    best.map(|(token, _)| token as u32).ok_or_else(|| Error::framework("the model gave no logits"))
+}
+
 fn take(hidden: &Tensor<2>, rows: &Range<usize>) -> Tensor<2> {
     hidden.clone().narrow(0, rows.start, rows.len())
 }
@@ -137,8 +196,9 @@ fn take(hidden: &Tensor<2>, rows: &Range<usize>) -> Tensor<2> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::BurnDevice;
     use crate::device::all_for_tests;
-    use evalfw_engine::weights::DenseData;
+    use evalfw_engine::weights::{DenseData, Weight};
     use half::bf16;
 
     /// Targets stand in the first shard, in the last, and at a boundary.
@@ -149,17 +209,21 @@ mod tests {
             (0..vocab_size * width).map(|i| bf16::from_f32((i as f32 * 0.37).sin() * 0.5)).collect();
         let hidden: Vec<f32> = (0..3 * width).map(|i| (i as f32 * 0.11).cos()).collect();
         let targets = [0, 63, 149];
-        let (losses, gradient) = by_definition(&values, &hidden, &targets, shape);
-        let table = Arc::new(DenseTensor { shape, data: DenseData::Bf16(values) });
+        let (loss, gradient) = by_definition(&values, &hidden, &targets, shape);
+        let table = DenseTensor { shape, data: DenseData::Bf16(values) };
         for device in all_for_tests() {
-            let head = Head::in_shards(&table, &device, 64, 2);
-            assert_eq!(head.shards.len(), 3);
-            let hidden = || Tensor::from_data(TensorData::new(hidden.clone(), [3, width]), &device.device);
-            let (with_gradient, found) = head.loss_and_gradient(hidden(), &targets, 7);
-            for found in [with_gradient, head.loss(hidden(), &targets)] {
-                for (found, expected) in read(found).unwrap().into_iter().zip(&losses) {
-                    assert!((f64::from(found) - expected).abs() < 1e-4, "{found} {expected}");
+            let head = match device.kind {
+                BurnDevice::Flex => {
+                    let weight = Weight::Dense(table.clone());
+                    let whole = Head::on_host(HostMatrix::new(weight, device.products), &device);
+                    Head { rows_at_a_time: 2, ..whole }
                 }
+                BurnDevice::Wgpu => Head::in_shards_of(&table, &device, 64, 2),
+            };
+            let hidden = || Tensor::from_data(TensorData::new(hidden.clone(), [3, width]), &device.device);
+            let (with_gradient, found) = head.loss_and_gradient(hidden(), &targets, 7).unwrap();
+            for found in [with_gradient, head.loss(hidden(), &targets).unwrap()] {
+                assert!((found - loss).abs() < 3e-4, "{found} {loss}");
             }
             for (found, expected) in read(found).unwrap().into_iter().zip(&gradient) {
                 assert!((f64::from(found) - expected / 7.0).abs() < 1e-6, "{found} {expected}");
@@ -172,8 +236,8 @@ mod tests {
         hidden: &[f32],
         targets: &[u32],
         [vocab_size, width]: [usize; 2],
-    ) -> (Vec<f64>, Vec<f64>) {
-        let (mut losses, mut gradient) = (Vec::new(), Vec::new());
+    ) -> (f64, Vec<f64>) {
+        let (mut loss, mut gradient) = (0.0, Vec::new());
         for (hidden, &target) in hidden.chunks(width).zip(targets) {
             let rows = || weight.chunks(width);
             let dot = |row: &[bf16]| row.iter().zip(hidden).map(|(w, &h)| w.to_f64() * f64::from(h)).sum();
@@ -181,7 +245,7 @@ mod tests {
             assert_eq!(logits.len(), vocab_size);
             let largest = logits.iter().copied().fold(f64::MIN, f64::max);
             let sum: f64 = logits.iter().map(|l| (l - largest).exp()).sum();
-            losses.push(sum.ln() + largest - logits[target as usize]);
+            loss += sum.ln() + largest - logits[target as usize];
             let mut total = vec![0.0; width];
             for (token, (row, logit)) in rows().zip(&logits).enumerate() {
                 let error = (logit - largest).exp() / sum - f64::from(u8::from(token == target as usize));
@@ -189,6 +253,6 @@ mod tests {
             }
             gradient.extend(total);
         }
-        (losses, gradient)
+        (loss, gradient)
     }
 }

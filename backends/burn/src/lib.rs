@@ -30,7 +30,9 @@ mod packed;
 mod rope;
 mod training;
 
-use evalfw_engine::{Engine, Result};
+use evalfw_engine::{Engine, Error, Result};
+use evalfw_kernels::Products;
+use evalfw_kernels::level::bf16_products_on_cpu;
 
 /// Where burn computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,8 +43,32 @@ pub enum BurnDevice {
     Flex,
 }
 
-/// Opens a device. Fails with [`Error::Unavailable`](evalfw_engine::Error::Unavailable) where there is
-/// no such device or no driver for it.
-pub fn open(device: BurnDevice) -> Result<Box<dyn Engine>> {
-    Ok(Box::new(engine::BurnEngine::open(device)?))
+/// How burn computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// With kernels of ours for the frozen matrices.
+    Tuned,
+    /// The same with the factors of these products in bf16; sums and everything else stay in f32. On the CPU only.
+    TunedBf16,
+}
+
+/// Opens a device. Fails with [`Error::Unavailable`] where there is no such device, no driver for it, or no
+/// instruction for the variant.
+pub fn open(device: BurnDevice, variant: Variant) -> Result<Box<dyn Engine>> {
+    let products = match (variant, device) {
+        (Variant::Tuned, _) => Products::F32,
+        (Variant::TunedBf16, BurnDevice::Flex) => {
+            bf16_products_on_cpu().map_err(|reason| unavailable(device, reason))?;
+            Products::Bf16
+        }
+        (Variant::TunedBf16, BurnDevice::Wgpu) => {
+            return Err(unavailable(device, "WGSL has no bf16"));
+        }
+    };
+    Ok(Box::new(engine::BurnEngine::open(device, products)?))
+}
+
+fn unavailable(device: BurnDevice, reason: &str) -> Error {
+    let advice = format!("use burn-{device:?}, which multiplies in f32").to_lowercase();
+    Error::Unavailable { reason: reason.into(), advice }
 }

@@ -52,7 +52,7 @@ impl BurnModel {
         let hidden = network.forward(tokens, &pass, lora, Some(&mut sequence.caches));
         sequence.length += tokens.len();
         let last = hidden.narrow(0, tokens.len() - 1, 1);
-        most_likely(&network.head.logits(network.norm.forward(last))?)
+        network.head.most_likely(network.norm.forward(last))
     }
 }
 
@@ -137,13 +137,4 @@ impl Model for BurnModel {
 
 fn no_adapter() -> Error {
     Error::protocol("no adapter is attached")
-}
-
-/// Index of the largest logit, the first of several.
-fn most_likely(logits: &[f32]) -> Result<u32> {
-    if let Some(bad) = logits.iter().find(|v| !v.is_finite()) {
-        return Err(Error::not_finite(format_args!("a logit is {bad}")));
-    }
-    let best = logits.iter().enumerate().reduce(|best, next| if next.1 > best.1 { next } else { best });
-    best.map(|(token, _)| token as u32).ok_or_else(|| Error::framework("the model gave no logits"))
 }

@@ -1,5 +1,6 @@
 //! Qwen2 without its adapter.
 
+use crate::BurnDevice;
 use crate::attention::{LayerCache, Pass};
 use crate::block::Block;
 use crate::device::OpenDevice;
@@ -7,11 +8,11 @@ use crate::embedding::Embedding;
 use crate::head::Head;
 use crate::lora::Lora;
 use crate::norm::RmsNorm;
+use crate::packed::HostMatrix;
 use burn::tensor::{Device, Tensor};
 use evalfw_engine::Result;
 use evalfw_engine::config::ModelConfig;
-use evalfw_engine::weights::WeightLoader;
-use std::sync::Arc;
+use evalfw_engine::weights::{DenseTensor, Weight, WeightLoader};
 
 pub struct Network {
     pub config: ModelConfig,
@@ -25,16 +26,12 @@ pub struct Network {
 impl Network {
     pub fn load(mut loader: WeightLoader<'_>, device: &OpenDevice) -> Result<Self> {
         let config = loader.config().clone();
-        let table = Arc::new(loader.embedding()?);
+        let table = loader.embedding()?;
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| Block::load(&mut loader, layer, device))
             .collect::<Result<_>>()?;
         let norm = RmsNorm::new(loader.final_norm()?, config.rms_norm_eps, &device.device);
-        let head = match loader.head()? {
-            Some(head) => Head::new(&Arc::new(head), device),
-            None => Head::new(&table, device),
-        };
-        let embedding = Embedding { table };
+        let (embedding, head) = ends(table, loader.head()?, device);
         Ok(Self { config, device: device.device.clone(), embedding, blocks, norm, head })
     }
 
@@ -57,5 +54,21 @@ impl Network {
             x = block.forward(x, pass, lora.map(|lora| lora.layer(layer, None)), cache);
         }
         x
+    }
+}
+
+/// Both ends of the model, which have one table where there is no head.
+fn ends(table: DenseTensor, head: Option<DenseTensor>, device: &OpenDevice) -> (Embedding, Head) {
+    let on_host = |table| HostMatrix::new(Weight::Dense(table), device.products);
+    match device.kind {
+        BurnDevice::Flex => {
+            let table = on_host(table);
+            let head = Head::on_host(head.map_or_else(|| table.clone(), on_host), device);
+            (Embedding { table }, head)
+        }
+        BurnDevice::Wgpu => {
+            let head = Head::in_shards(head.as_ref().unwrap_or(&table), device);
+            (Embedding { table: on_host(table) }, head)
+        }
     }
 }

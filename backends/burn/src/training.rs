@@ -7,7 +7,6 @@
 
 use crate::attention::Pass;
 use crate::dropout::Dropout;
-use crate::guard::read;
 use crate::lora::{Factors, Lora, PER_LAYER};
 use crate::network::Network;
 use crate::optimizer;
@@ -25,7 +24,7 @@ pub fn gradients(
 ) -> Result<(StepResult, Vec<Factors>)> {
     let divisor = input.trained_tokens();
     let mut sums: Vec<_> = lora.factors.iter().map(Factors::zeros_like).collect();
-    let mut losses = Vec::new();
+    let mut loss_sum = 0.0;
     for (index, batch) in input.micro_batches.iter().enumerate() {
         let Some(supervised) = Supervised::of(batch, network) else { continue };
         let micro_batch = MicroBatch {
@@ -37,14 +36,13 @@ pub fn gradients(
             divisor,
         };
         let x = network.embedding.look_up(&batch.flat_ids(), &network.device);
-        losses.push(match gradient_checkpointing {
+        loss_sum += match gradient_checkpointing {
             true => micro_batch.backward_by_block(x, &mut sums)?,
             false => micro_batch.backward(x, &mut sums)?,
-        });
+        };
     }
-    let loss = losses.into_iter().map(sum).sum::<Result<f64>>()? / divisor as f64;
     let grad_norm = optimizer::norm(&sums)?;
-    Ok((StepResult { loss, grad_norm }, sums))
+    Ok((StepResult { loss: loss_sum / divisor as f64, grad_norm }, sums))
 }
 
 /// The loss without dropout and without gradients.
@@ -55,7 +53,7 @@ pub fn evaluate(network: &Network, lora: Option<&Lora>, batches: &[Batch]) -> Re
         let pass = network.pass(batch.examples(), 0, batch.sequence_length());
         let hidden = network.forward(&batch.flat_ids(), &pass, lora, None);
         let hidden = network.norm.forward(supervised.select(hidden));
-        evaluation.loss_sum += sum(network.head.loss(hidden, &supervised.targets))?;
+        evaluation.loss_sum += network.head.loss(hidden, &supervised.targets)?;
         evaluation.tokens += supervised.targets.len();
     }
     Ok(evaluation)
@@ -100,9 +98,8 @@ struct MicroBatch<'a> {
 }
 
 impl MicroBatch<'_> {
-    /// Keeps the graph of all blocks. Adds the gradients to `sums` and returns the loss of each
-    /// supervised position, `[n]`.
-    fn backward(&self, x: Tensor<2>, sums: &mut [Factors]) -> Result<Tensor<1>> {
+    /// Keeps the graph of all blocks. Adds the gradients to `sums` and returns the sum of the losses.
+    fn backward(&self, x: Tensor<2>, sums: &mut [Factors]) -> Result<f64> {
         let segment = self.segment(0..self.network.blocks.len(), x);
         let (loss, gradient) = self.loss(segment.output.clone().inner())?;
         segment.backward(gradient, sums)?;
@@ -110,7 +107,7 @@ impl MicroBatch<'_> {
     }
 
     /// The same, but keeps the input of each block only, and computes the block again backwards.
-    fn backward_by_block(&self, mut x: Tensor<2>, sums: &mut [Factors]) -> Result<Tensor<1>> {
+    fn backward_by_block(&self, mut x: Tensor<2>, sums: &mut [Factors]) -> Result<f64> {
         let mut inputs = Vec::with_capacity(self.network.blocks.len());
         for (layer, block) in self.network.blocks.iter().enumerate() {
             inputs.push(x.clone());
@@ -137,9 +134,8 @@ impl MicroBatch<'_> {
         Segment { first_layer: layers.start, input, leaves, output }
     }
 
-    /// From the output of the last block: the loss of each supervised position, `[n]`, and the gradient
-    /// of their sum over the divisor.
-    fn loss(&self, hidden: Tensor<2>) -> Result<(Tensor<1>, Tensor<2>)> {
+    /// From the output of the last block: the sum of the losses, and the gradient of the sum over the divisor.
+    fn loss(&self, hidden: Tensor<2>) -> Result<(f64, Tensor<2>)> {
         let shape = hidden.dims();
         let selected = leaf(self.supervised.select(hidden));
         let normed = self.network.norm.forward(selected.clone());
@@ -147,7 +143,7 @@ impl MicroBatch<'_> {
             normed.clone().inner(),
             &self.supervised.targets,
             self.divisor,
-        );
+        )?;
         let mut gradients = (normed * gradient).sum().backward();
         Ok((loss, self.supervised.spread(gradient_of(&selected, &mut gradients)?, shape)))
     }
@@ -184,9 +180,4 @@ fn leaf(tensor: Tensor<2>) -> Tensor<2> {
 fn gradient_of(leaf: &Tensor<2>, gradients: &mut Gradients) -> Result<Tensor<2>> {
     let missing = || Error::framework("the backward pass left no gradient for a tensor that requires one");
     leaf.grad_remove(gradients).ok_or_else(missing)
-}
-
-/// Adds up in f64 what the device computed in f32.
-fn sum(losses: Tensor<1>) -> Result<f64> {
-    Ok(read(losses)?.into_iter().map(f64::from).sum())
 }

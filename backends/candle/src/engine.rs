@@ -13,6 +13,7 @@ use evalfw_engine::protocol::{EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::{DenseTensor, Weight, WeightLoader};
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
+use evalfw_kernels::memory::keep_freed_memory;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -44,7 +45,7 @@ fn form_that_works(device: &Device) -> candle_core::Result<(Form, Vec<String>)> 
     let form = Form::tuned(device);
     if form != Form::Device {
         // The loops on the CPU are held against candle by tests.
-        device::keep_freed_memory();
+        keep_freed_memory();
         return Ok((form, Vec::new()));
     }
     match self_check::problem(device)? {

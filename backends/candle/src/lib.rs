@@ -28,7 +28,7 @@ mod values;
 
 use evalfw_engine::{Engine, Error, Result};
 use evalfw_kernels::Products;
-use evalfw_kernels::level::{bf16_products_pay, has_bf16_products};
+use evalfw_kernels::level::bf16_products_on_cpu;
 
 /// Where candle computes. CUDA and Metal need the cargo feature of their name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -86,14 +86,13 @@ pub fn open(device: CandleDevice, variant: Variant) -> Result<Box<dyn Engine>> {
 }
 
 fn check_bf16(device: CandleDevice) -> Result<()> {
-    let reason = match device {
-        CandleDevice::Cpu if !has_bf16_products() => {
-            "this CPU has no instruction for products of bf16 (AVX512_BF16)"
-        }
-        CandleDevice::Cpu if !bf16_products_pay() => "this CPU multiplies bf16 more slowly than f32",
-        CandleDevice::Metal => "products of bf16 with sums in f32 are not there on Metal",
-        CandleDevice::Cpu | CandleDevice::Cuda => return Ok(()),
+    let found = match device {
+        CandleDevice::Cpu => bf16_products_on_cpu(),
+        CandleDevice::Metal => Err("products of bf16 with sums in f32 are not there on Metal"),
+        CandleDevice::Cuda => Ok(()),
     };
-    let advice = format!("use candle-{}, which computes in f32", device.name());
-    Err(Error::Unavailable { reason: reason.to_owned(), advice })
+    found.map_err(|reason| {
+        let advice = format!("use candle-{}, which computes in f32", device.name());
+        Error::Unavailable { reason: reason.to_owned(), advice }
+    })
 }

@@ -1,17 +1,10 @@
 //! Softmax cross-entropy over a large vocabulary: a few rows at a time, with the gradient written down
 //! by hand. The logits of all positions never exist at once, and autograd keeps none of them.
 
-use crate::matrix::{FrozenMatrix, HostMatrix};
+use crate::matrix::FrozenMatrix;
 use crate::values::CpuValues;
 use candle_core::{D, Device, Result, Tensor, bail};
-use evalfw_kernels::elementwise::exponentials;
-use rayon::prelude::*;
-
-/// Bytes of the logits that exist at a time: 256 rows of Qwen's vocabulary. Fewer rows would save memory,
-/// but the head is read and widened again for each chunk.
-const LOGIT_BYTES: usize = 149 << 20;
-/// Rows that a product takes at once: a chunk that does not fill its last panel wastes the rest.
-const PANEL: usize = 32;
+use evalfw_kernels::loss::{rows_at_a_time, rows_of_a_chunk};
 
 pub struct CrossEntropy<'a> {
     /// `[vocab_size, hidden_size]`
@@ -22,7 +15,7 @@ pub struct CrossEntropy<'a> {
 impl<'a> CrossEntropy<'a> {
     pub fn new(head: &'a FrozenMatrix) -> Self {
         let [vocab_size, _] = head.shape();
-        Self { head, rows_at_a_time: (LOGIT_BYTES / size_of::<f32>() / vocab_size).max(1) }
+        Self { head, rows_at_a_time: rows_at_a_time(vocab_size) }
     }
 
     /// The sum over rows of −ln p(target), in nats. `hidden` is `[rows, hidden_size]`, after the final
@@ -31,7 +24,9 @@ impl<'a> CrossEntropy<'a> {
         let mut sum = 0.0;
         for (hidden, targets) in self.chunks(hidden, targets)? {
             sum += match self.head {
-                FrozenMatrix::Host(head) => host_logits(head, &hidden, targets, None)?.0,
+                FrozenMatrix::Host(head) => {
+                    head.cross_entropy(CpuValues::new(&hidden)?.slice()?, targets, None).0
+                }
                 head => device_logits(head, &hidden, targets, None)?.0,
             };
         }
@@ -45,7 +40,8 @@ impl<'a> CrossEntropy<'a> {
         for (hidden, targets) in self.chunks(hidden, targets)? {
             let (loss, of_logits) = match self.head {
                 FrozenMatrix::Host(head) => {
-                    let (loss, of_logits) = host_logits(head, &hidden, targets, Some(weight))?;
+                    let hidden = CpuValues::new(&hidden)?;
+                    let (loss, of_logits) = head.cross_entropy(hidden.slice()?, targets, Some(weight));
                     let shape = (targets.len(), head.shape()[0]);
                     (loss, Tensor::from_vec(of_logits, shape, &Device::Cpu)?)
                 }
@@ -62,41 +58,14 @@ impl<'a> CrossEntropy<'a> {
         if let Some(target) = targets.iter().find(|&&target| target as usize >= vocab_size) {
             bail!("target {target} is not below the vocabulary of {vocab_size}");
         }
-        // Chunks of about the same size, as a short one would not be worth its price, but of whole panels.
-        let chunks = targets.len().div_ceil(self.rows_at_a_time).max(1);
-        let rows = targets.len().div_ceil(chunks).max(1).next_multiple_of(PANEL).min(self.rows_at_a_time);
+        let rows = rows_of_a_chunk(targets.len(), self.rows_at_a_time);
         let cut =
             |(i, targets): (usize, &'t [u32])| Ok((hidden.narrow(0, i * rows, targets.len())?, targets));
         targets.chunks(rows).enumerate().map(cut).collect()
     }
 }
 
-/// The loss, and the logits, which with a `weight` have been turned into their gradient:
-/// `weight · (softmax − onehot)`.
-fn host_logits(
-    head: &HostMatrix,
-    hidden: &Tensor,
-    targets: &[u32],
-    weight: Option<f64>,
-) -> Result<(f64, Vec<f32>)> {
-    let [vocab_size, _] = head.shape();
-    let mut logits = head.product(CpuValues::new(hidden)?.slice()?, None);
-    let losses = logits.par_chunks_mut(vocab_size).zip(targets).map(|(row, &target)| {
-        let of_target = row[target as usize];
-        let (max, sum) = exponentials(row);
-        if let Some(weight) = weight {
-            let factor = (weight / sum) as f32;
-            row.iter_mut().for_each(|value| *value *= factor);
-            row[target as usize] -= weight as f32;
-        }
-        f64::from(max) + sum.ln() - f64::from(of_target)
-    });
-    // Collected first, so that the sum does not depend on how threads share the rows.
-    let losses: Vec<f64> = losses.collect();
-    Ok((losses.iter().sum(), logits))
-}
-
-/// The same with candle's operations.
+/// The loss, and the logits, which with a `weight` have been turned into their gradient, with candle's operations.
 fn device_logits(
     head: &FrozenMatrix,
     hidden: &Tensor,
@@ -119,7 +88,7 @@ fn device_logits(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matrix::{Decoding, DeviceMatrix, Nf4Tables};
+    use crate::matrix::{Decoding, DeviceMatrix, HostMatrix, Nf4Tables};
     use candle_core::Var;
     use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
     use evalfw_kernels::Products;

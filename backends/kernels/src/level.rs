@@ -74,6 +74,17 @@ pub fn bf16_products_pay() -> bool {
     has_bf16_products() && !is_intel()
 }
 
+/// Whether products of bf16 are of use on this CPU; if not, why.
+pub fn bf16_products_on_cpu() -> Result<(), &'static str> {
+    if !has_bf16_products() {
+        Err("this CPU has no instruction for products of bf16 (AVX512_BF16)")
+    } else if !bf16_products_pay() {
+        Err("this CPU multiplies bf16 more slowly than f32")
+    } else {
+        Ok(())
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 fn is_intel() -> bool {
     let vendor = std::arch::x86_64::__cpuid(0);

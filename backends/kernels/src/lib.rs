@@ -9,6 +9,8 @@
 //! - [`elementwise`]: loops with an exponential
 //! - [`filled`]: the memory of results
 //! - [`level`]: the instruction sets, found at run time
+//! - [`loss`]: cross-entropy on the head
+//! - [`memory`]: what happens to it when it is freed
 //! - `pages`: memory that is read without waiting for its addresses
 //! - [`team`]: threads that stay awake from one short loop to the next
 //!
@@ -20,7 +22,9 @@ mod dot;
 pub mod elementwise;
 pub mod filled;
 pub mod level;
+pub mod loss;
 mod matrix;
+pub mod memory;
 mod nf4;
 mod pages;
 mod product;

@@ -1,52 +1,63 @@
-//! Packed matrices in host memory, and flex, which decodes them there.
+//! Frozen matrices in host memory, and flex: its products with them are the kernels that all engines on the CPU share.
 
-use super::{Decode, Packed, Storage};
+use super::{Packed, PackedOps, Storage};
 use burn::backend::Flex;
-use burn::backend::flex::{FlexDevice, FlexTensor};
+use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::TensorData;
-use evalfw_engine::nf4::Nf4Tensor;
-use evalfw_engine::weights::{DenseData, DenseTensor};
-use half::slice::HalfFloatSliceExt;
-use rayon::prelude::*;
-use std::ops::Range;
+use evalfw_engine::weights::Weight;
+use evalfw_kernels::Products;
+use std::fmt;
+use std::ops::Deref;
 use std::sync::Arc;
 
-/// A matrix as the loader gave it. Cloning copies a reference.
-#[derive(Debug, Clone)]
-pub enum HostMatrix {
-    Nf4(Arc<Nf4Tensor>),
-    Dense(Arc<DenseTensor>),
-}
-
-/// Elements that one thread decodes at a time. A multiple of [`evalfw_engine::nf4::BLOCK`].
-const RUN: usize = 16 * 1024;
+/// A whole matrix as the loader gave it. Cloning copies a reference.
+#[derive(Clone)]
+pub struct HostMatrix(Arc<evalfw_kernels::HostMatrix>);
 
 impl HostMatrix {
-    /// Decodes the elements, row-major, from `first` on until `out` is full, on all threads.
-    fn decode(&self, first: usize, out: &mut [f32]) {
-        out.par_chunks_mut(RUN).enumerate().for_each(|(index, out)| {
-            let start = first + index * RUN;
-            let range = start..start + out.len();
-            match self {
-                Self::Nf4(tensor) => tensor.dequantize_range(range, out),
-                Self::Dense(tensor) => match &tensor.data {
-                    DenseData::F32(values) => out.copy_from_slice(&values[range]),
-                    DenseData::F16(values) => values[range].convert_to_f32_slice(out),
-                    DenseData::Bf16(values) => values[range].convert_to_f32_slice(out),
-                },
-            }
-        });
+    pub fn new(weight: Weight, products: Products) -> Self {
+        Self(Arc::new(evalfw_kernels::HostMatrix::new(weight, products)))
     }
 }
 
-impl Decode for Flex {
-    fn decode(weight: &Packed<Self>, rows: Range<usize>, _device: &FlexDevice) -> FloatTensor<Self> {
-        let Storage::Host(matrix) = &weight.storage else {
-            unreachable!("flex stores its matrices on the host");
-        };
-        let mut values = vec![0.0; rows.len() * weight.columns];
-        matrix.decode(rows.start * weight.columns, &mut values);
-        FlexTensor::from_data(TensorData::new(values, [rows.len(), weight.columns]))
+impl Deref for HostMatrix {
+    type Target = evalfw_kernels::HostMatrix;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
     }
+}
+
+impl fmt::Debug for HostMatrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("HostMatrix").field(&self.shape()).finish()
+    }
+}
+
+impl PackedOps for Flex {
+    fn packed_matmul(x: FloatTensor<Self>, weight: Packed<Self>) -> FloatTensor<Self> {
+        let matrix = matrix(&weight.storage);
+        map_rows(&x, matrix.shape()[0], |x| matrix.product(x, None))
+    }
+
+    fn packed_matmul_transposed(y: FloatTensor<Self>, weight: Packed<Self>) -> FloatTensor<Self> {
+        let matrix = matrix(&weight.storage);
+        map_rows(&y, matrix.shape()[1], |y| matrix.transposed_product(y))
+    }
+}
+
+fn matrix(storage: &Storage<Flex>) -> &HostMatrix {
+    match storage {
+        Storage::Host(matrix) => matrix,
+        Storage::Words { .. } => unreachable!("flex stores its matrices on the host"),
+    }
+}
+
+/// `of` makes the rows of the result, each `width` wide, out of those of the input.
+fn map_rows(input: &FlexTensor, width: usize, of: impl FnOnce(&[f32]) -> Vec<f32>) -> FlexTensor {
+    let input = input.to_contiguous();
+    let rows = input.layout().shape()[0];
+    let values = input.as_slice::<f32>().expect("the engine computes in f32, and the tensor is contiguous");
+    FlexTensor::from_data(TensorData::new(of(values), [rows, width]))
 }

@@ -37,7 +37,7 @@ pub const ROW_ALIGNMENT: usize = evalfw_engine::nf4::BLOCK;
 /// Where the bits are. Cloning copies a reference.
 #[derive(Debug, Clone, ExtensionType)]
 pub enum Storage<B: Backend> {
-    /// In host memory, as the loader gave them: for flex.
+    /// In host memory, as the loader gave them: for flex. All rows.
     Host(HostMatrix),
     /// In a buffer of 32-bit words: for wgpu.
     Words { words: IntTensor<B>, format: WordFormat },
@@ -117,7 +117,6 @@ macro_rules! by_decoding {
 }
 
 by_decoding!(burn::backend::Cube);
-by_decoding!(burn::backend::Flex);
 
 impl<B: PackedOps, C: CheckpointStrategy> PackedOps for Autodiff<B, C> {
     fn packed_matmul(x: FloatTensor<Self>, weight: Packed<Self>) -> FloatTensor<Self> {
