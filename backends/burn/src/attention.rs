@@ -1,9 +1,13 @@
 //! Grouped-query attention and its KV cache.
 
+use crate::BurnDevice;
+use crate::device::OpenDevice;
+use crate::fused;
 use crate::rope::Rotation;
 use burn::tensor::activation;
-use burn::tensor::{Bool, Device, Tensor};
+use burn::tensor::{Bool, Tensor};
 use evalfw_engine::config::ModelConfig;
+use evalfw_kernels::attention::Shape;
 
 /// The heads of the model.
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +37,8 @@ pub struct Pass {
     pub batch: usize,
     /// Positions of each sequence in this pass.
     pub positions: usize,
+    /// Whether the operations of [`fused`] are there.
+    pub fused: bool,
     rotation: Rotation,
     /// `[1, 1, positions, positions]`, true where attention may not look. There is none for a single
     /// position, which sees everything before it.
@@ -41,11 +47,20 @@ pub struct Pass {
 
 impl Pass {
     /// `start` is the position of the first token: not 0 when a KV cache holds what came before.
-    pub fn new(config: &ModelConfig, batch: usize, start: usize, positions: usize, device: &Device) -> Self {
+    pub fn new(
+        config: &ModelConfig,
+        batch: usize,
+        start: usize,
+        positions: usize,
+        device: &OpenDevice,
+    ) -> Self {
+        let fused = device.kind == BurnDevice::Flex;
+        let device = &device.device;
         let causal = || Tensor::<2, Bool>::tril_mask([positions, positions], 0, device).unsqueeze::<4>();
         Self {
             batch,
             positions,
+            fused,
             rotation: Rotation::new(config, start, positions, device),
             mask: (positions > 1).then(causal),
         }
@@ -63,6 +78,15 @@ pub fn attend(
     let Heads { query: query_heads, key_value: key_value_heads, dim } = *heads;
     let (batch, positions) = (pass.batch, pass.positions);
     let split = |x: Tensor<2>, heads: usize| x.reshape([batch, positions, heads, dim]);
+    if pass.fused && cache.is_none() {
+        let flat = |x: Tensor<4>, heads: usize| x.reshape([batch * positions, heads * dim]);
+        let query = flat(pass.rotation.apply(split(query, query_heads)), query_heads);
+        let key = flat(pass.rotation.apply(split(key, key_value_heads)), key_value_heads);
+        let (queries, keys) = (positions, positions);
+        let shape =
+            Shape { examples: batch, queries, keys, heads: query_heads, kv_heads: key_value_heads, dim };
+        return fused::attend([query, key, value], shape);
+    }
     // One product for each key-value head: the queries of its group stand below each other.
     let by_head =
         |x: Tensor<4>| x.swap_dims(1, 2).reshape([(batch * key_value_heads) as i32, -1, dim as i32]);

@@ -3,6 +3,7 @@
 use crate::attention::{Heads, LayerCache, Pass, attend};
 use crate::device::OpenDevice;
 use crate::frozen::FrozenMatrix;
+use crate::fused::swiglu;
 use crate::lora::LoraLayer;
 use crate::norm::RmsNorm;
 use burn::tensor::activation::silu;
@@ -57,9 +58,10 @@ impl Block {
         let x = x + project(Target::O, attend(&self.heads, pass, query_key_value, cache));
 
         let normed = self.post_attention_norm.forward(x.clone());
-        let gate = silu(project(Target::Gate, normed.clone()));
+        let gate = project(Target::Gate, normed.clone());
         let up = project(Target::Up, normed);
-        x + project(Target::Down, gate * up)
+        let gated = if pass.fused { swiglu(gate, up) } else { silu(gate) * up };
+        x + project(Target::Down, gated)
     }
 }
 

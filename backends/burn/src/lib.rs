@@ -6,6 +6,7 @@
 //! | `device` | opens a device and says what it is |
 //! | `packed` | frozen matrices in few bits, decoded for one product at a time: burn's extension mechanism |
 //! | `frozen` | a frozen matrix, dense or packed; the rest of the engine knows no difference |
+//! | `fused` | operations of a block by one kernel each, on flex |
 //! | `lora`, `dropout` | the trainable factors, and the masks on their input |
 //! | `attention`, `block`, `norm`, `rope`, `network` | Qwen2 |
 //! | `embedding`, `head` | both ends of it, with the chunked loss |
@@ -19,6 +20,7 @@ mod dropout;
 mod embedding;
 mod engine;
 mod frozen;
+mod fused;
 mod guard;
 mod head;
 mod lora;

@@ -10,6 +10,7 @@ use evalfw_engine::batch::Batch;
 use evalfw_engine::lora::{Adapter, AdapterTensors};
 use evalfw_engine::protocol::{DeviceMemory, TrainingConfig};
 use evalfw_engine::{Error, Evaluation, Model, Result, StepInput, StepResult};
+use evalfw_kernels::team;
 
 pub struct BurnModel {
     network: Network,
@@ -106,7 +107,11 @@ impl Model for BurnModel {
         if self.sequence.length == 0 {
             return Err(Error::protocol("decode continues a prefill, and there was none"));
         }
-        guard(|| self.append(&[token]))
+        // On the CPU a token is many short loops.
+        guard(|| match self.network.on_host() {
+            true => team::awake(|| self.append(&[token])),
+            false => self.append(&[token]),
+        })
     }
 
     fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {

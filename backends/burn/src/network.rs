@@ -17,6 +17,7 @@ use evalfw_engine::weights::{DenseTensor, Weight, WeightLoader};
 pub struct Network {
     pub config: ModelConfig,
     pub device: Device,
+    opened: OpenDevice,
     pub embedding: Embedding,
     pub blocks: Vec<Block>,
     pub norm: RmsNorm,
@@ -32,12 +33,24 @@ impl Network {
             .collect::<Result<_>>()?;
         let norm = RmsNorm::new(loader.final_norm()?, config.rms_norm_eps, &device.device);
         let (embedding, head) = ends(table, loader.head()?, device);
-        Ok(Self { config, device: device.device.clone(), embedding, blocks, norm, head })
+        Ok(Self {
+            config,
+            device: device.device.clone(),
+            opened: device.clone(),
+            embedding,
+            blocks,
+            norm,
+            head,
+        })
+    }
+
+    pub fn on_host(&self) -> bool {
+        self.opened.kind == BurnDevice::Flex
     }
 
     /// What the blocks share for `batch` sequences whose next `positions` begin at `start`.
     pub fn pass(&self, batch: usize, start: usize, positions: usize) -> Pass {
-        Pass::new(&self.config, batch, start, positions, &self.device)
+        Pass::new(&self.config, batch, start, positions, &self.opened)
     }
 
     /// From the embedding to the last block, `[n, hidden]`, without gradients.

@@ -1,7 +1,7 @@
 //! candle as an evalfw engine: Qwen2 with a packed frozen base and LoRA, on the CPU, CUDA and Metal.
 //!
 //! - [`matrix`]: the frozen weights, packed, and their products
-//! - [`ops`]: the operations of a block, each with a true backward, over the loops in [`kernels`] and `evalfw-kernels`
+//! - [`ops`]: the operations of a block, each with a true backward, over the loops in `evalfw-kernels`
 //! - `cuda`: kernels of our own for NVIDIA GPUs
 //! - [`linear`], [`block`], [`network`]: the model from the inside out
 //! - [`kept`]: what of a block's forward is there for its backward
@@ -14,8 +14,8 @@ mod cuda;
 mod device;
 mod engine;
 mod kept;
-mod kernels;
 mod linear;
+mod lora;
 mod loss;
 mod matrix;
 mod model;

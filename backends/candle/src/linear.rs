@@ -1,7 +1,7 @@
 //! A frozen linear layer with a LoRA adapter beside it.
 
 use crate::kept::{Inner, Known, Part};
-use crate::kernels::lora::{self, Factors, Masked};
+use crate::lora::{self, Factors, Masked};
 use crate::matrix::{FrozenMatrix, HostMatrix};
 use crate::network::Pass;
 use crate::ops::{Form, Graph, by_hand};

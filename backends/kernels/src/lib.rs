@@ -5,13 +5,14 @@
 //! - [`product`]: many rows, as in prefill and training; bound by arithmetic. Each weight is widened once
 //!   for each product, into a tile that stays in the cache of the core that uses it
 //! - `argmax`: the largest row of a product, as greedy decoding wants it
-//! - [`attention`]: of one query, as in decoding
+//! - [`attention`]: causal, with grouped queries, and its gradients
 //! - [`elementwise`]: loops with an exponential
 //! - [`filled`]: the memory of results
 //! - [`level`]: the instruction sets, found at run time
 //! - [`loss`]: cross-entropy on the head
 //! - [`memory`]: what happens to it when it is freed
 //! - `pages`: memory that is read without waiting for its addresses
+//! - [`views`]: products of f32 matrices through the gemm crate
 //! - [`team`]: threads that stay awake from one short loop to the next
 //!
 //! Nothing here knows a framework: engines call it from their own extension points.
@@ -32,6 +33,7 @@ pub mod team;
 #[cfg(target_arch = "x86_64")]
 mod transpose;
 mod vector;
+pub mod views;
 
 pub use dot::{dot, dot_bf16, widen_bf16};
 pub use matrix::{HostMatrix, LowRank, Products};

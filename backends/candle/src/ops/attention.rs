@@ -2,10 +2,10 @@
 
 use super::{Form, Graph, by_hand};
 use crate::kept::Known;
-use crate::kernels::attention::{self as kernel, Shape as HeadShape};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp3, D, Device, Layout, Result, Shape, Tensor, bail};
 use candle_nn::ops::softmax_last_dim;
+use evalfw_kernels::attention::{self as kernel, Shape as HeadShape};
 use std::sync::Arc;
 
 /// Scores that exist at a time on a GPU: 128 MiB, and a few times that in the backward.

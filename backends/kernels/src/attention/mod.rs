@@ -1,12 +1,14 @@
 //! Causal grouped-query attention, a piece of the queries at a time: the scores of a whole sequence
 //! never exist, and what the mask hides is hardly ever computed.
 
-use crate::kernels::product::{Threads, View, ViewMut, add_product, put_product};
-use crate::kernels::softmax::softmax;
-use evalfw_kernels::attention::{Seen, attend};
-use evalfw_kernels::dot;
-use evalfw_kernels::filled::zeros;
-use evalfw_kernels::team::for_each_piece;
+mod one;
+
+use crate::dot;
+use crate::elementwise::exponentials;
+use crate::filled::zeros;
+use crate::team::for_each_piece;
+use crate::views::{Threads, View, ViewMut, add_product, put_product};
+use one::{Seen, attend};
 use rayon::prelude::*;
 
 /// Queries whose scores exist at a time, for each thread.
@@ -141,6 +143,12 @@ struct Head<'a> {
     queries: usize,
     keys: usize,
     dim: usize,
+}
+
+fn softmax(row: &mut [f32]) {
+    let (_, sum) = exponentials(row);
+    let factor = (1.0 / sum) as f32;
+    row.iter_mut().for_each(|value| *value *= factor);
 }
 
 impl Head<'_> {

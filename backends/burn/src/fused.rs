@@ -1,0 +1,207 @@
+//! Operations of a block on flex, each by one kernel of those that the engines on the CPU share, with a backward that
+//! keeps nothing but the arguments. Composed of burn's own operations, each would go over memory several times, some of
+//! them on one thread.
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
+use burn::tensor::{Tensor, TensorData};
+use evalfw_kernels::attention::{self, Shape};
+use evalfw_kernels::elementwise;
+use evalfw_kernels::filled::{PIECE, filled, zeros};
+use rayon::prelude::*;
+
+/// `silu(gate) · up`
+pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::fused_swiglu(gate.into_dispatch(), up.into_dispatch()))
+}
+
+/// Causal attention of all heads, from `[examples · queries, heads · dim]` and `[examples · keys, kv_heads · dim]`.
+pub fn attend([query, key, value]: [Tensor<2>; 3], shape: Shape) -> Tensor<2> {
+    let (query, key, value) = (query.into_dispatch(), key.into_dispatch(), value.into_dispatch());
+    Tensor::from_dispatch(Dispatch::fused_attention(query, key, value, shape))
+}
+
+#[backend_extension(Flex, Autodiff)]
+trait FusedOps: Backend {
+    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    fn fused_attention(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        shape: Shape,
+    ) -> FloatTensor<Self>;
+}
+
+/// What the backward passes need of a backend; they have no gradients themselves.
+trait FusedGradients: FusedOps {
+    fn swiglu_gradients(args: [FloatTensor<Self>; 2], grad: FloatTensor<Self>) -> [FloatTensor<Self>; 2];
+
+    fn attention_gradients(
+        args: [FloatTensor<Self>; 3],
+        shape: Shape,
+        grad: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 3];
+}
+
+impl FusedOps for Flex {
+    fn fused_swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+        let [gate, up] = [gate, up].map(|x| x.to_contiguous());
+        let (of_gate, of_up) = (values(&gate), values(&up));
+        let out = filled(of_gate.len(), PIECE, |start, out| {
+            let here = start..start + out.len();
+            elementwise::swiglu(&of_gate[here.clone()], &of_up[here], out);
+        });
+        like(&gate, out)
+    }
+
+    fn fused_attention(query: FlexTensor, key: FlexTensor, value: FlexTensor, shape: Shape) -> FlexTensor {
+        let [query, key, value] = [query, key, value].map(|x| x.to_contiguous());
+        let out = attention::forward(shape, values(&query), values(&key), values(&value));
+        like(&query, out)
+    }
+}
+
+impl FusedGradients for Flex {
+    fn swiglu_gradients(args: [FlexTensor; 2], grad: FlexTensor) -> [FlexTensor; 2] {
+        let ([gate, up], grad) = (args.map(|x| x.to_contiguous()), grad.to_contiguous());
+        let (mut of_gate, mut of_up) = (zeros(values(&gate).len()), zeros(values(&up).len()));
+        let outputs = of_gate.par_chunks_mut(PIECE).zip(of_up.par_chunks_mut(PIECE));
+        let inputs = [&gate, &up, &grad].map(|x| values(x).par_chunks(PIECE));
+        let [of_args_gate, of_args_up, of_grad] = inputs;
+        let inputs = of_args_gate.zip(of_args_up).zip(of_grad);
+        outputs.zip(inputs).for_each(|((of_gate, of_up), ((gate, up), grad))| {
+            elementwise::swiglu_gradients(gate, up, grad, elementwise::Gradients { of_gate, of_up });
+        });
+        [like(&gate, of_gate), like(&up, of_up)]
+    }
+
+    fn attention_gradients(args: [FlexTensor; 3], shape: Shape, grad: FlexTensor) -> [FlexTensor; 3] {
+        let ([query, key, value], grad) = (args.map(|x| x.to_contiguous()), grad.to_contiguous());
+        let gradients =
+            attention::backward(shape, values(&query), values(&key), values(&value), values(&grad));
+        [like(&query, gradients.q), like(&key, gradients.k), like(&value, gradients.v)]
+    }
+}
+
+fn values(tensor: &FlexTensor) -> &[f32] {
+    tensor.as_slice().expect("the engine computes in f32, and the tensor is contiguous")
+}
+
+/// New values in the shape of a tensor.
+fn like(tensor: &FlexTensor, values: Vec<f32>) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(values, tensor.layout().shape().clone()))
+}
+
+impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
+    fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        let nodes = [gate.node(), up.node()];
+        let args = [gate.into_primitive(), up.into_primitive()];
+        let out = B::fused_swiglu(args[0].clone(), args[1].clone());
+        match SwiGlu.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(step) => step.finish(args, out),
+            OpsKind::UnTracked(step) => step.finish(out),
+        }
+    }
+
+    fn fused_attention(
+        query: FloatTensor<Self>,
+        key: FloatTensor<Self>,
+        value: FloatTensor<Self>,
+        shape: Shape,
+    ) -> FloatTensor<Self> {
+        let nodes = [query.node(), key.node(), value.node()];
+        let args = [query, key, value].map(|x| x.into_primitive());
+        let out = B::fused_attention(args[0].clone(), args[1].clone(), args[2].clone(), shape);
+        match Attention(shape).prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(step) => step.finish(args, out),
+            OpsKind::UnTracked(step) => step.finish(out),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct SwiGlu;
+
+impl<B: FusedGradients> Backward<B, 2> for SwiGlu {
+    type State = [FloatTensor<B>; 2];
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let of_args = B::swiglu_gradients(ops.state, grads.consume::<B>(&ops.node));
+        for (parent, gradient) in ops.parents.into_iter().zip(of_args) {
+            if let Some(parent) = parent {
+                grads.register::<B>(parent.id, gradient);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Attention(Shape);
+
+impl<B: FusedGradients> Backward<B, 3> for Attention {
+    type State = [FloatTensor<B>; 3];
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let of_args = B::attention_gradients(ops.state, self.0, grads.consume::<B>(&ops.node));
+        for (parent, gradient) in ops.parents.into_iter().zip(of_args) {
+            if let Some(parent) = parent {
+                grads.register::<B>(parent.id, gradient);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guard::read;
+    use burn::tensor::Device;
+    use burn::tensor::activation::{silu, softmax};
+
+    fn leaf(shape: [usize; 2], frequency: f32) -> Tensor<2> {
+        let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| (i as f32 * frequency).sin()).collect();
+        Tensor::from_data(TensorData::new(values, shape), &Device::flex()).autodiff().require_grad()
+    }
+
+    /// The same results and gradients, for a gradient of no special form.
+    fn assert_alike(leaves: &[Tensor<2>], fused: Tensor<2>, composed: Tensor<2>) {
+        let close = |a: Tensor<2>, b: Tensor<2>| {
+            for (a, b) in read(a).unwrap().into_iter().zip(read(b).unwrap()) {
+                assert!((a - b).abs() < 1e-5 * (1.0 + b.abs()), "{a} {b}");
+            }
+        };
+        close(fused.clone().inner(), composed.clone().inner());
+        let gradients = [fused, composed].map(|out| {
+            let weight = leaf(out.dims(), 0.77).inner().autodiff();
+            (out * weight).sum().backward()
+        });
+        for leaf in leaves {
+            close(leaf.grad(&gradients[0]).unwrap(), leaf.grad(&gradients[1]).unwrap());
+        }
+    }
+
+    #[test]
+    fn swiglu_is_that_of_burn() {
+        let (gate, up) = (leaf([7, 19], 0.3), leaf([7, 19], 0.7));
+        let composed = silu(gate.clone()) * up.clone();
+        assert_alike(&[gate.clone(), up.clone()], swiglu(gate, up), composed);
+    }
+
+    #[test]
+    fn attention_is_that_of_burn() {
+        let (queries, dim) = (70, 8);
+        let shape = Shape { examples: 1, queries, keys: queries, heads: 1, kv_heads: 1, dim };
+        let [query, key, value] = [0.3, 0.7, 1.1].map(|frequency| leaf([queries, dim], frequency));
+        let hidden = Tensor::<2, burn::tensor::Bool>::tril_mask([queries, queries], 0, &query.device());
+        let scores = query.clone().matmul(key.clone().transpose()) * (dim as f64).powf(-0.5);
+        let composed = softmax(scores.mask_fill(hidden, f32::MIN), 1).matmul(value.clone());
+        let leaves = [query, key, value];
+        assert_alike(&leaves, attend(leaves.clone(), shape), composed);
+    }
+}
