@@ -45,9 +45,13 @@ impl Block {
         cache: Option<&mut LayerCache>,
     ) -> Tensor<2> {
         let project = |target: Target, x: Tensor<2>| {
-            let y = self.projections[target as usize].forward(x.clone());
-            match lora {
-                Some(lora) => y + lora.delta(target, x),
+            let Projection { weight, bias } = &self.projections[target as usize];
+            let y = match lora {
+                Some(lora) => lora.project(target, x, weight),
+                None => weight.matmul(x),
+            };
+            match bias {
+                Some(bias) => y + bias.clone(),
                 None => y,
             }
         };
@@ -79,13 +83,5 @@ impl Projection {
             Tensor::from_data(TensorData::new(bias, shape), &device.device)
         });
         Self { weight: FrozenMatrix::new(projection.weight, device), bias }
-    }
-
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let y = self.weight.matmul(x);
-        match &self.bias {
-            Some(bias) => y + bias.clone(),
-            None => y,
-        }
     }
 }

@@ -28,9 +28,15 @@ impl Dropout {
         x * mask
     }
 
+    /// The rate, and the key of the mask of one projection.
+    pub fn key(&self, layer: usize, target: Target) -> (f32, MaskKey) {
+        let Self { rate, seed, step, micro_batch } = *self;
+        (rate, MaskKey { seed, step, micro_batch, layer, target })
+    }
+
     fn mask(&self, layer: usize, target: Target, shape: [usize; 2], device: &Device) -> Tensor<2> {
-        let key = MaskKey { seed: self.seed, step: self.step, micro_batch: self.micro_batch, layer, target };
-        let mask = key.mask(self.rate, shape[0] * shape[1]);
+        let (rate, key) = self.key(layer, target);
+        let mask = key.mask(rate, shape[0] * shape[1]);
         Tensor::from_data(TensorData::new(mask, shape), device)
     }
 }

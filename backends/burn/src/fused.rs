@@ -2,6 +2,8 @@
 //! keeps nothing but the arguments. Composed of burn's own operations, each would go over memory several times, some of
 //! them on one thread.
 
+use crate::packed::HostMatrix;
+use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
@@ -10,9 +12,11 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{Tensor, TensorData};
+use evalfw_engine::dropout::MaskKey;
 use evalfw_kernels::attention::{self, Shape};
 use evalfw_kernels::elementwise;
 use evalfw_kernels::filled::{PIECE, filled, zeros};
+use evalfw_kernels::lora::{self, Factors, Masked};
 use rayon::prelude::*;
 
 /// `silu(gate) · up`
@@ -26,6 +30,40 @@ pub fn attend([query, key, value]: [Tensor<2>; 3], shape: Shape) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::fused_attention(query, key, value, shape))
 }
 
+/// `x Wᵀ + scale · (mask ⊙ x) Aᵀ Bᵀ` for `x` `[n, in]`, `a` `[r, in]` and `b` `[out, r]`.
+pub fn adapted(x: Tensor<2>, [a, b]: [Tensor<2>; 2], projection: Projection) -> Tensor<2> {
+    let (x, a, b) = (x.into_dispatch(), a.into_dispatch(), b.into_dispatch());
+    Tensor::from_dispatch(Dispatch::fused_adapted(x, a, b, projection))
+}
+
+/// What is not trained of an adapted projection.
+#[derive(Debug, Clone)]
+pub struct Projection {
+    pub matrix: HostMatrix,
+    pub scale: f32,
+    /// Dropout's rate, and the key of its mask, which is made again when it is needed.
+    pub mask: Option<(f32, MaskKey)>,
+}
+
+impl Projection {
+    fn masked(&self, x: &[f32]) -> Option<Masked> {
+        let mask = |(rate, key): &(f32, MaskKey)| {
+            filled(x.len(), PIECE, |start, piece| key.fill_from(*rate, start, piece))
+        };
+        self.mask.as_ref().map(|dropout| Masked::new(mask(dropout), x))
+    }
+
+    fn factors<'a>(&self, a: &'a FlexTensor, b: &'a FlexTensor) -> Factors<'a> {
+        let [r, _] = self.rows_and_width(a);
+        Factors { a: values(a), b: values(b), r, scale: self.scale }
+    }
+
+    fn rows_and_width(&self, tensor: &FlexTensor) -> [usize; 2] {
+        let shape = tensor.layout().shape();
+        [shape[0], shape[1]]
+    }
+}
+
 #[backend_extension(Flex, Autodiff)]
 trait FusedOps: Backend {
     fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
@@ -36,6 +74,13 @@ trait FusedOps: Backend {
         value: FloatTensor<Self>,
         shape: Shape,
     ) -> FloatTensor<Self>;
+
+    fn fused_adapted(
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        projection: Projection,
+    ) -> FloatTensor<Self>;
 }
 
 /// What the backward passes need of a backend; they have no gradients themselves.
@@ -45,6 +90,12 @@ trait FusedGradients: FusedOps {
     fn attention_gradients(
         args: [FloatTensor<Self>; 3],
         shape: Shape,
+        grad: FloatTensor<Self>,
+    ) -> [FloatTensor<Self>; 3];
+
+    fn adapted_gradients(
+        args: [FloatTensor<Self>; 3],
+        projection: Projection,
         grad: FloatTensor<Self>,
     ) -> [FloatTensor<Self>; 3];
 }
@@ -64,6 +115,15 @@ impl FusedOps for Flex {
         let [query, key, value] = [query, key, value].map(|x| x.to_contiguous());
         let out = attention::forward(shape, values(&query), values(&key), values(&value));
         like(&query, out)
+    }
+
+    fn fused_adapted(x: FlexTensor, a: FlexTensor, b: FlexTensor, projection: Projection) -> FlexTensor {
+        let [x, a, b] = [x, a, b].map(|x| x.to_contiguous());
+        let masked = projection.masked(values(&x));
+        let input = (values(&x), masked.as_ref());
+        let (out, _) = lora::forward(&projection.matrix, projection.factors(&a, &b), input, None);
+        let rows = x.layout().shape()[0];
+        FlexTensor::from_data(TensorData::new(out, [rows, projection.matrix.shape()[0]]))
     }
 }
 
@@ -86,6 +146,16 @@ impl FusedGradients for Flex {
         let gradients =
             attention::backward(shape, values(&query), values(&key), values(&value), values(&grad));
         [like(&query, gradients.q), like(&key, gradients.k), like(&value, gradients.v)]
+    }
+
+    fn adapted_gradients(args: [FlexTensor; 3], projection: Projection, grad: FlexTensor) -> [FlexTensor; 3] {
+        let ([x, a, b], grad) = (args.map(|x| x.to_contiguous()), grad.to_contiguous());
+        let masked = projection.masked(values(&x));
+        let (input, factors) = ((values(&x), masked.as_ref()), projection.factors(&a, &b));
+        let gradients = lora::backward(&projection.matrix, factors, input, None, values(&grad));
+        let of_b = TensorData::new(gradients.b, [factors.r, projection.matrix.shape()[0]]);
+        let of_b = FlexTensor::from_data(of_b).transpose(0, 1).to_contiguous();
+        [like(&x, gradients.x), like(&a, gradients.a), of_b]
     }
 }
 
@@ -123,6 +193,21 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
             OpsKind::UnTracked(step) => step.finish(out),
         }
     }
+
+    fn fused_adapted(
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        projection: Projection,
+    ) -> FloatTensor<Self> {
+        let nodes = [x.node(), a.node(), b.node()];
+        let args = [x, a, b].map(|x| x.into_primitive());
+        let out = B::fused_adapted(args[0].clone(), args[1].clone(), args[2].clone(), projection.clone());
+        match Adapted(projection).prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(step) => step.finish(args, out),
+            OpsKind::UnTracked(step) => step.finish(out),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -133,11 +218,7 @@ impl<B: FusedGradients> Backward<B, 2> for SwiGlu {
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let of_args = B::swiglu_gradients(ops.state, grads.consume::<B>(&ops.node));
-        for (parent, gradient) in ops.parents.into_iter().zip(of_args) {
-            if let Some(parent) = parent {
-                grads.register::<B>(parent.id, gradient);
-            }
-        }
+        register::<B, 2>(ops.parents.map(|parent| parent.map(|parent| parent.id)), of_args, grads);
     }
 }
 
@@ -149,10 +230,30 @@ impl<B: FusedGradients> Backward<B, 3> for Attention {
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let of_args = B::attention_gradients(ops.state, self.0, grads.consume::<B>(&ops.node));
-        for (parent, gradient) in ops.parents.into_iter().zip(of_args) {
-            if let Some(parent) = parent {
-                grads.register::<B>(parent.id, gradient);
-            }
+        register::<B, 3>(ops.parents.map(|parent| parent.map(|parent| parent.id)), of_args, grads);
+    }
+}
+
+#[derive(Debug)]
+struct Adapted(Projection);
+
+impl<B: FusedGradients> Backward<B, 3> for Adapted {
+    type State = [FloatTensor<B>; 3];
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let of_args = B::adapted_gradients(ops.state, self.0, grads.consume::<B>(&ops.node));
+        register::<B, 3>(ops.parents.map(|parent| parent.map(|parent| parent.id)), of_args, grads);
+    }
+}
+
+fn register<B: Backend, const N: usize>(
+    parents: [Option<NodeId>; N],
+    gradients: [FloatTensor<B>; N],
+    grads: &mut Gradients,
+) {
+    for (parent, gradient) in parents.into_iter().zip(gradients) {
+        if let Some(parent) = parent {
+            grads.register::<B>(parent, gradient);
         }
     }
 }
@@ -163,6 +264,9 @@ mod tests {
     use crate::guard::read;
     use burn::tensor::Device;
     use burn::tensor::activation::{silu, softmax};
+    use evalfw_engine::lora::Target;
+    use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
+    use evalfw_kernels::Products;
 
     fn leaf(shape: [usize; 2], frequency: f32) -> Tensor<2> {
         let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| (i as f32 * frequency).sin()).collect();
@@ -191,6 +295,32 @@ mod tests {
         let (gate, up) = (leaf([7, 19], 0.3), leaf([7, 19], 0.7));
         let composed = silu(gate.clone()) * up.clone();
         assert_alike(&[gate.clone(), up.clone()], swiglu(gate, up), composed);
+    }
+
+    #[test]
+    fn an_adapted_projection_is_that_of_burn() {
+        let (shape @ [out_features, in_features], r) = ([33, 20], 4);
+        let values: Vec<f32> = (0..out_features * in_features).map(|i| (i as f32 * 0.13).sin()).collect();
+        let weight = Tensor::<2>::from_data(TensorData::new(values.clone(), shape), &Device::flex());
+        let data = DenseData::F32(values);
+        let matrix = HostMatrix::new(Weight::Dense(DenseTensor { shape, data }), Products::F32);
+        let key = MaskKey { seed: 1, step: 2, micro_batch: 0, layer: 3, target: Target::O };
+        for mask in [None, Some((0.3, key))] {
+            let leaves =
+                [leaf([5, in_features], 0.3), leaf([r, in_features], 0.7), leaf([out_features, r], 1.1)];
+            let [x, a, b] = leaves.clone();
+            let masked = match mask {
+                Some((rate, key)) => {
+                    let mask = TensorData::new(key.mask(rate, 5 * in_features), [5, in_features]);
+                    x.clone() * Tensor::from_data(mask, &Device::flex())
+                }
+                None => x.clone(),
+            };
+            let delta = (masked.matmul(a.clone().transpose()) * 0.5).matmul(b.clone().transpose());
+            let composed = x.clone().matmul(weight.clone().transpose()) + delta;
+            let projection = Projection { matrix: matrix.clone(), scale: 0.5, mask };
+            assert_alike(&leaves, adapted(x, [a, b], projection), composed);
+        }
     }
 
     #[test]

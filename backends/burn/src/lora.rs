@@ -1,6 +1,8 @@
 //! The trainable factors of the adapters.
 
 use crate::dropout::Dropout;
+use crate::frozen::FrozenMatrix;
+use crate::fused::{self, Projection};
 use crate::guard::read;
 use burn::tensor::{Device, Tensor, TensorData};
 use evalfw_engine::config::ModelConfig;
@@ -107,8 +109,17 @@ pub struct LoraLayer<'a> {
 }
 
 impl LoraLayer<'_> {
-    /// `scale · (dropout(x) · Aᵀ) · Bᵀ`, which is `[n, out_features]`.
-    pub fn delta(&self, target: Target, x: Tensor<2>) -> Tensor<2> {
+    /// `x Wᵀ + scale · (dropout(x) · Aᵀ) · Bᵀ`, which is `[n, out_features]`.
+    pub fn project(&self, target: Target, x: Tensor<2>, weight: &FrozenMatrix) -> Tensor<2> {
+        let Some(matrix) = weight.host() else { return weight.matmul(x.clone()) + self.delta(target, x) };
+        let Factors { a, b } = self.factors[target as usize].clone();
+        let mask = self.dropout.map(|dropout| dropout.key(self.layer, target));
+        let projection = Projection { matrix: matrix.clone(), scale: self.scale as f32, mask };
+        fused::adapted(x, [a, b], projection)
+    }
+
+    /// `scale · (dropout(x) · Aᵀ) · Bᵀ`
+    fn delta(&self, target: Target, x: Tensor<2>) -> Tensor<2> {
         let Factors { a, b } = self.factors[target as usize].clone();
         let x = match self.dropout {
             Some(dropout) => dropout.apply(x, self.layer, target),

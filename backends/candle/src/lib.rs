@@ -15,7 +15,6 @@ mod device;
 mod engine;
 mod kept;
 mod linear;
-mod lora;
 mod loss;
 mod matrix;
 mod model;

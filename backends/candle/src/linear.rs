@@ -1,7 +1,6 @@
 //! A frozen linear layer with a LoRA adapter beside it.
 
 use crate::kept::{Inner, Known, Part};
-use crate::lora::{self, Factors, Masked};
 use crate::matrix::{FrozenMatrix, HostMatrix};
 use crate::network::Pass;
 use crate::ops::{Form, Graph, by_hand};
@@ -12,6 +11,7 @@ use candle_core::{
 use evalfw_engine::dropout::MaskKey;
 use evalfw_engine::lora::Target;
 use evalfw_kernels::filled::{PIECE, filled};
+use evalfw_kernels::lora::{self, Factors, Masked};
 use std::sync::Arc;
 
 /// One of the seven projections of a block.

@@ -9,6 +9,7 @@
 //! - [`elementwise`]: loops with an exponential
 //! - [`filled`]: the memory of results
 //! - [`level`]: the instruction sets, found at run time
+//! - [`lora`]: a frozen matrix with an adapter beside it, and its gradients
 //! - [`loss`]: cross-entropy on the head
 //! - [`memory`]: what happens to it when it is freed
 //! - `pages`: memory that is read without waiting for its addresses
@@ -23,6 +24,7 @@ mod dot;
 pub mod elementwise;
 pub mod filled;
 pub mod level;
+pub mod lora;
 pub mod loss;
 mod matrix;
 pub mod memory;

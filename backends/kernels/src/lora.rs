@@ -1,9 +1,9 @@
 //! A frozen matrix with a LoRA adapter beside it (Hu et al. 2021): `x Wᵀ + bias + scale · (mask ⊙ x) Aᵀ Bᵀ`, and
 //! its gradients.
 
-use evalfw_kernels::filled::{PIECE, zeros};
-use evalfw_kernels::views::{Threads, View, ViewMut, add_product};
-use evalfw_kernels::{HostMatrix, LowRank};
+use crate::filled::{PIECE, zeros};
+use crate::views::{Threads, View, ViewMut, add_product};
+use crate::{HostMatrix, LowRank};
 use rayon::prelude::*;
 
 /// The adapter's part.
