@@ -2,6 +2,7 @@
 //! keeps nothing but the arguments. Composed of burn's own operations, each would go over memory several times, some of
 //! them on one thread.
 
+use crate::kept::Kept;
 use crate::packed::HostMatrix;
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -13,6 +14,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{Tensor, TensorData};
 use evalfw_engine::dropout::MaskKey;
+use evalfw_engine::lora::Target;
 use evalfw_kernels::attention::{self, Shape};
 use evalfw_kernels::elementwise;
 use evalfw_kernels::filled::{PIECE, filled, zeros};
@@ -43,6 +45,8 @@ pub struct Projection {
     pub scale: f32,
     /// Dropout's rate, and the key of its mask, which is made again when it is needed.
     pub mask: Option<(f32, MaskKey)>,
+    pub target: Target,
+    pub kept: Kept,
 }
 
 impl Projection {
@@ -119,11 +123,13 @@ impl FusedOps for Flex {
 
     fn fused_adapted(x: FlexTensor, a: FlexTensor, b: FlexTensor, projection: Projection) -> FlexTensor {
         let [x, a, b] = [x, a, b].map(|x| x.to_contiguous());
-        let masked = projection.masked(values(&x));
-        let input = (values(&x), masked.as_ref());
-        let (out, _) = lora::forward(&projection.matrix, projection.factors(&a, &b), input, None);
-        let rows = x.layout().shape()[0];
-        FlexTensor::from_data(TensorData::new(out, [rows, projection.matrix.shape()[0]]))
+        let shape = [x.layout().shape()[0], projection.matrix.shape()[0]];
+        let out = projection.kept.result(projection.target, shape[0] * shape[1], || {
+            let masked = projection.masked(values(&x));
+            let input = (values(&x), masked.as_ref());
+            lora::forward(&projection.matrix, projection.factors(&a, &b), input, None).0
+        });
+        FlexTensor::from_data(TensorData::new(out, shape))
     }
 }
 
@@ -264,7 +270,6 @@ mod tests {
     use crate::guard::read;
     use burn::tensor::Device;
     use burn::tensor::activation::{silu, softmax};
-    use evalfw_engine::lora::Target;
     use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
     use evalfw_kernels::Products;
 
@@ -318,7 +323,8 @@ mod tests {
             };
             let delta = (masked.matmul(a.clone().transpose()) * 0.5).matmul(b.clone().transpose());
             let composed = x.clone().matmul(weight.clone().transpose()) + delta;
-            let projection = Projection { matrix: matrix.clone(), scale: 0.5, mask };
+            let matrix = matrix.clone();
+            let projection = Projection { matrix, scale: 0.5, mask, target: Target::O, kept: Kept::No };
             assert_alike(&leaves, adapted(x, [a, b], projection), composed);
         }
     }

@@ -10,6 +10,7 @@
 //! | `lora`, `dropout` | the trainable factors, and the masks on their input |
 //! | `attention`, `block`, `norm`, `rope`, `network` | Qwen2 |
 //! | `embedding`, `head` | both ends of it, with the chunked loss |
+//! | `kept` | what a block keeps for its backward |
 //! | `training`, `optimizer` | one step: gradients by block, AdamW |
 //! | `model` | the contract, on top of all of these |
 
@@ -23,6 +24,7 @@ mod frozen;
 mod fused;
 mod guard;
 mod head;
+mod kept;
 mod lora;
 mod model;
 mod network;

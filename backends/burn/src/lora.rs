@@ -4,6 +4,7 @@ use crate::dropout::Dropout;
 use crate::frozen::FrozenMatrix;
 use crate::fused::{self, Projection};
 use crate::guard::read;
+use crate::kept::Kept;
 use burn::tensor::{Device, Tensor, TensorData};
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::{Adapter, AdapterTensors, LoraConfig, LoraPair, Target};
@@ -85,7 +86,7 @@ impl Lora {
         layer: usize,
         dropout: Option<Dropout>,
     ) -> LoraLayer<'a> {
-        LoraLayer { factors: leaves, scale: self.config.scale(), layer, dropout }
+        LoraLayer { factors: leaves, scale: self.config.scale(), layer, dropout, kept: &Kept::No }
     }
 }
 
@@ -106,15 +107,22 @@ pub struct LoraLayer<'a> {
     scale: f64,
     layer: usize,
     dropout: Option<Dropout>,
+    kept: &'a Kept,
 }
 
-impl LoraLayer<'_> {
+impl<'a> LoraLayer<'a> {
+    /// The same over a block whose results are `kept`, on the CPU.
+    pub fn keeping(self, kept: &'a Kept) -> Self {
+        Self { kept, ..self }
+    }
+
     /// `x Wᵀ + scale · (dropout(x) · Aᵀ) · Bᵀ`, which is `[n, out_features]`.
     pub fn project(&self, target: Target, x: Tensor<2>, weight: &FrozenMatrix) -> Tensor<2> {
         let Some(matrix) = weight.host() else { return weight.matmul(x.clone()) + self.delta(target, x) };
         let Factors { a, b } = self.factors[target as usize].clone();
         let mask = self.dropout.map(|dropout| dropout.key(self.layer, target));
-        let projection = Projection { matrix: matrix.clone(), scale: self.scale as f32, mask };
+        let (scale, kept) = (self.scale as f32, self.kept.clone());
+        let projection = Projection { matrix: matrix.clone(), scale, mask, target, kept };
         fused::adapted(x, [a, b], projection)
     }
 

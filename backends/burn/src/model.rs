@@ -72,8 +72,7 @@ impl Model for BurnModel {
             let Some(Trained { lora, training, optimizer }) = &mut self.adapter else {
                 return Err(no_adapter());
             };
-            let checkpointing = training.gradient_checkpointing;
-            let (result, mut gradients) = training::gradients(&self.network, lora, checkpointing, input)?;
+            let (result, mut gradients) = training::gradients(&self.network, lora, training, input)?;
             if let Some(max_norm) = training.max_grad_norm {
                 optimizer::clip(&mut gradients, result.grad_norm, max_norm);
             }
@@ -85,8 +84,7 @@ impl Model for BurnModel {
     fn gradients(&mut self, input: &StepInput<'_>) -> Result<(StepResult, AdapterTensors)> {
         guard(|| {
             let Trained { lora, training, .. } = self.trained()?;
-            let checkpointing = training.gradient_checkpointing;
-            let (result, gradients) = training::gradients(&self.network, lora, checkpointing, input)?;
+            let (result, gradients) = training::gradients(&self.network, lora, training, input)?;
             Ok((result, download(&gradients)?))
         })
     }

@@ -13,6 +13,7 @@ use burn::tensor::{Device, Tensor};
 use evalfw_engine::Result;
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::weights::{DenseTensor, Weight, WeightLoader};
+use evalfw_kernels::Products;
 
 pub struct Network {
     pub config: ModelConfig,
@@ -42,6 +43,11 @@ impl Network {
             norm,
             head,
         })
+    }
+
+    /// The type of the factors of products on the CPU.
+    pub fn products(&self) -> Products {
+        self.opened.products
     }
 
     pub fn on_host(&self) -> bool {

@@ -7,11 +7,13 @@
 
 use crate::attention::Pass;
 use crate::dropout::Dropout;
+use crate::kept::{Kept, Results};
 use crate::lora::{Factors, Lora, PER_LAYER};
 use crate::network::Network;
 use crate::optimizer;
 use burn::tensor::{Gradients, IndexingUpdateOp, Int, Tensor, TensorData};
 use evalfw_engine::batch::Batch;
+use evalfw_engine::protocol::TrainingConfig;
 use evalfw_engine::{Error, Evaluation, Result, StepInput, StepResult};
 use std::ops::Range;
 
@@ -19,7 +21,7 @@ use std::ops::Range;
 pub fn gradients(
     network: &Network,
     lora: &Lora,
-    gradient_checkpointing: bool,
+    training: &TrainingConfig,
     input: &StepInput<'_>,
 ) -> Result<(StepResult, Vec<Factors>)> {
     let divisor = input.trained_tokens();
@@ -34,9 +36,10 @@ pub fn gradients(
             dropout: Dropout::new(lora.config.lora_dropout, input, index),
             supervised,
             divisor,
+            kept_bytes: training.kept_activation_bytes,
         };
         let x = network.embedding.look_up(&batch.flat_ids(), &network.device);
-        loss_sum += match gradient_checkpointing {
+        loss_sum += match training.gradient_checkpointing {
             true => micro_batch.backward_by_block(x, &mut sums)?,
             false => micro_batch.backward(x, &mut sums)?,
         };
@@ -95,39 +98,56 @@ struct MicroBatch<'a> {
     supervised: Supervised,
     /// What the sum of the losses is divided by.
     divisor: usize,
+    /// What checkpointing may keep beside the input of each block.
+    kept_bytes: u64,
 }
 
 impl MicroBatch<'_> {
     /// Keeps the graph of all blocks. Adds the gradients to `sums` and returns the sum of the losses.
     fn backward(&self, x: Tensor<2>, sums: &mut [Factors]) -> Result<f64> {
-        let segment = self.segment(0..self.network.blocks.len(), x);
+        let segment = self.segment(0..self.network.blocks.len(), x, &Kept::No);
         let (loss, gradient) = self.loss(segment.output.clone().inner())?;
         segment.backward(gradient, sums)?;
         Ok(loss)
     }
 
-    /// The same, but keeps the input of each block only, and computes the block again backwards.
+    /// The same, but keeps the input of each block and what else there is memory for, and computes the rest again
+    /// backwards.
     fn backward_by_block(&self, mut x: Tensor<2>, sums: &mut [Factors]) -> Result<f64> {
         let mut inputs = Vec::with_capacity(self.network.blocks.len());
         for (layer, block) in self.network.blocks.iter().enumerate() {
-            inputs.push(x.clone());
-            x = block.forward(x, &self.pass, Some(self.lora.layer(layer, self.dropout)), None);
+            let results = Results::new(self.network.products());
+            let kept = if layer < self.blocks_kept() { Kept::Keep(results.clone()) } else { Kept::No };
+            inputs.push((x.clone(), results));
+            let lora = self.lora.layer(layer, self.dropout).keeping(&kept);
+            x = block.forward(x, &self.pass, Some(lora), None);
         }
         let (loss, mut gradient) = self.loss(x)?;
-        for (layer, input) in inputs.into_iter().enumerate().rev() {
-            gradient = self.segment(layer..layer + 1, input).backward(gradient, sums)?;
+        for (layer, (input, results)) in inputs.into_iter().enumerate().rev() {
+            let segment = self.segment(layer..layer + 1, input, &Kept::Again(results));
+            gradient = segment.backward(gradient, sums)?;
         }
         Ok(loss)
     }
 
+    /// Blocks of which the results fit into the memory for them.
+    fn blocks_kept(&self) -> usize {
+        let rows = self.pass.batch * self.pass.positions;
+        let bytes = Results::bytes(self.network.products(), &self.network.config, rows);
+        match self.network.on_host() {
+            true => (self.kept_bytes / bytes.max(1)) as usize,
+            false => 0,
+        }
+    }
+
     /// Computes `layers` under autodiff.
-    fn segment(&self, layers: Range<usize>, x: Tensor<2>) -> Segment {
+    fn segment(&self, layers: Range<usize>, x: Tensor<2>, kept: &Kept) -> Segment {
         let input = leaf(x);
         let mut output = input.clone();
         let mut leaves = Vec::with_capacity(layers.len());
         for layer in layers.clone() {
             let factors = self.lora.leaves(layer);
-            let lora = self.lora.layer_with(&factors, layer, self.dropout);
+            let lora = self.lora.layer_with(&factors, layer, self.dropout).keeping(kept);
             output = self.network.blocks[layer].forward(output, &self.pass, Some(lora), None);
             leaves.extend(factors);
         }
