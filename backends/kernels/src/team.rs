@@ -81,7 +81,8 @@ pub fn awake<R: Send>(run: impl FnOnce() -> R + Send) -> R {
 /// Calls `work` for each number below `pieces`, on all threads.
 pub fn for_each(pieces: usize, work: impl Fn(usize) + Sync) {
     let team = LEADS.get();
-    if team.is_null() {
+    // More than fit into a place are no short loop.
+    if team.is_null() || u32::try_from(pieces).is_err() {
         return (0..pieces).into_par_iter().for_each(&work);
     }
     if pieces < 2 {
@@ -114,7 +115,7 @@ pub fn for_each_piece<T: Send>(values: &mut [T], size: usize, work: impl Fn(usiz
 impl Place {
     const HALF: u32 = u64::BITS / 2;
 
-    fn begin(&self, job: &mut Job, pieces: Range<usize>) {
+    fn begin(&self, job: *mut Job, pieces: Range<usize>) {
         self.job.store(job, Ordering::Relaxed);
         self.left.store((pieces.start as u64) << Self::HALF | pieces.end as u64, Ordering::Release);
     }
@@ -167,12 +168,14 @@ impl Team {
             )
         };
         let mut job = Job { work };
+        // Taken once: to take it again would end the use of the first.
+        let job = &raw mut job;
         // A loop within this one is for others.
         let team = LEADS.replace(ptr::null());
         let begun = self.begun.fetch_add(pieces, Ordering::Relaxed) + pieces;
         let threads = self.places.len();
         for (i, place) in self.places.iter().enumerate() {
-            place.begin(&mut job, i * pieces / threads..(i + 1) * pieces / threads);
+            place.begin(job, i * pieces / threads..(i + 1) * pieces / threads);
         }
         self.work(0);
         let done = || self.places.iter().map(|place| place.done.load(Ordering::Acquire)).sum::<usize>();
