@@ -10,9 +10,13 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 /// Looks for work before a thread lets others have its core.
 const PATIENCE: u32 = 10_000;
+/// A thread without work for this long leaves: it may have come while it waited for a part of a piece, which rayon lets
+/// others take, and the piece waits for it then.
+const IDLE: Duration = Duration::from_millis(100);
 
 thread_local! {
     /// The team whose loops this thread begins; null on all others, and within a loop.
@@ -77,7 +81,8 @@ pub fn awake<R: Send>(run: impl FnOnce() -> R + Send) -> R {
 /// Calls `work` for each number below `pieces`, on all threads.
 pub fn for_each(pieces: usize, work: impl Fn(usize) + Sync) {
     let team = LEADS.get();
-    if team.is_null() {
+    // More than fit into a place are no short loop.
+    if team.is_null() || u32::try_from(pieces).is_err() {
         return (0..pieces).into_par_iter().for_each(&work);
     }
     if pieces < 2 {
@@ -110,7 +115,7 @@ pub fn for_each_piece<T: Send>(values: &mut [T], size: usize, work: impl Fn(usiz
 impl Place {
     const HALF: u32 = u64::BITS / 2;
 
-    fn begin(&self, job: &mut Job, pieces: Range<usize>) {
+    fn begin(&self, job: *mut Job, pieces: Range<usize>) {
         self.job.store(job, Ordering::Relaxed);
         self.left.store((pieces.start as u64) << Self::HALF | pieces.end as u64, Ordering::Release);
     }
@@ -163,12 +168,14 @@ impl Team {
             )
         };
         let mut job = Job { work };
+        // Taken once: to take it again would end the use of the first.
+        let job = &raw mut job;
         // A loop within this one is for others.
         let team = LEADS.replace(ptr::null());
         let begun = self.begun.fetch_add(pieces, Ordering::Relaxed) + pieces;
         let threads = self.places.len();
         for (i, place) in self.places.iter().enumerate() {
-            place.begin(&mut job, i * pieces / threads..(i + 1) * pieces / threads);
+            place.begin(job, i * pieces / threads..(i + 1) * pieces / threads);
         }
         self.work(0);
         let done = || self.places.iter().map(|place| place.done.load(Ordering::Acquire)).sum::<usize>();
@@ -189,13 +196,13 @@ impl Team {
         }
         let member = self.members.fetch_add(1, Ordering::Relaxed);
         let place = &self.places[member];
-        let mut looks = 0;
+        let (mut looks, mut idle_since) = (0, None);
         while !place.closed.load(Ordering::Acquire) {
-            if place.left().is_empty() {
-                pause(&mut looks);
-            } else {
-                looks = 0;
+            if !place.left().is_empty() {
+                (looks, idle_since) = (0, None);
                 self.work(member);
+            } else if pause(&mut looks) && idle_since.get_or_insert_with(Instant::now).elapsed() > IDLE {
+                return;
             }
         }
     }
@@ -212,14 +219,17 @@ impl Team {
     }
 }
 
-fn pause(looks: &mut u32) {
+/// Whether others had the core meanwhile.
+fn pause(looks: &mut u32) -> bool {
     *looks += 1;
-    if *looks < PATIENCE {
+    let patient = *looks < PATIENCE;
+    if patient {
         std::hint::spin_loop();
     } else {
         *looks = 0;
         std::thread::yield_now();
     }
+    !patient
 }
 
 #[cfg(test)]
@@ -264,6 +274,34 @@ mod tests {
             sum.into_inner() + inner + more
         });
         assert_eq!(sum, 190 * 190 + 285 + 49_995_000);
+    }
+
+    #[test]
+    fn a_thread_without_work_leaves() {
+        let team = Team::new(2);
+        team.help();
+        let sum = AtomicUsize::new(0);
+        team.lead(10, &|i| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 45);
+    }
+
+    /// Inner loops are cut up, and threads that wait for parts of them find that they are wanted in the team.
+    #[test]
+    fn more_threads_than_come_at_once_do_not_wait_for_each_other() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+        for round in 0..1000 {
+            let count = AtomicUsize::new(0);
+            let inner = |i| {
+                for_each(20, |j| {
+                    (0..i * j * round % 40).for_each(|_| std::hint::spin_loop());
+                    count.fetch_add(1, Ordering::Relaxed);
+                });
+            };
+            pool.install(|| awake(|| for_each(20, inner)));
+            assert_eq!(count.into_inner(), 400);
+        }
     }
 
     #[test]

@@ -42,6 +42,8 @@ struct Aligned([i8; GROUP]);
 pub struct Vector {
     codes: Vec<Aligned>,
     pub scale: f32,
+    /// L2, of the vector.
+    pub norm: f32,
     /// L2 norm of what rounding took away.
     pub error: f32,
     /// What the products with the codes of zeros add up to.
@@ -58,13 +60,15 @@ impl Vector {
         // A vector of zeros is exact with any scale.
         let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
         let mut codes = vec![Aligned([0; GROUP]); x.len().div_ceil(GROUP)];
-        let (mut error, mut sum) = (0f64, 0);
+        let (mut norm, mut error, mut sum) = (0f64, 0f64, 0);
         for (value, to) in x.iter().zip(codes.iter_mut().flat_map(|group| &mut group.0)) {
             *to = (value / scale).round() as i8;
+            norm += f64::from(*value).powi(2);
             error += f64::from(value - f32::from(*to) * scale).powi(2);
             sum += i32::from(*to);
         }
-        Some(Self { codes, scale, error: error.sqrt() as f32, of_zeros: ZERO * sum })
+        let (norm, error) = (norm.sqrt() as f32, error.sqrt() as f32);
+        Some(Self { codes, scale, norm, error, of_zeros: ZERO * sum })
     }
 
     /// Bytes of a row.

@@ -27,6 +27,10 @@ const AT_A_TIME: usize = 8;
 /// Rounding of two sums in f32, relative to the norms of their factors. Sums of `n` terms are off by less
 /// than n·2⁻²⁴ of that; they have partial sums, and rows are shorter than this many terms.
 const ROUNDING: f32 = 1e-4;
+/// More than what underflow takes from a sum.
+const UNDERFLOW: f32 = 1e-30;
+/// Sums whose terms add up to less than this do not overflow.
+const SAFE: f32 = f32::MAX / 4.0;
 
 /// Each row as 6-bit integers times a scale.
 pub struct Screen {
@@ -79,8 +83,7 @@ impl Screen {
     /// The first row whose product with `x` is the largest; `None` if a product is not a number.
     pub fn argmax(&self, matrix: &HostMatrix, x: &[f32]) -> Option<usize> {
         let vector = Vector::new(x)?;
-        let norm = dot(x, x).sqrt();
-        let errors = Errors { of_rows: norm, of_vector: vector.error * 1.001 + ROUNDING * norm };
+        let errors = Errors::new(&vector);
         let at_least = AtLeast::nothing();
         let mut pieces = vec![Vec::new(); self.rows.len()];
         for_each_piece(&mut pieces, 1, |piece, found| {
@@ -134,7 +137,9 @@ fn largest(candidates: &[Candidate]) -> Option<usize> {
     if candidates.iter().any(|candidate| candidate.product.is_nan()) {
         return None;
     }
-    let order = |a: &&Candidate, b: &&Candidate| a.product.total_cmp(&b.product).then(b.row.cmp(&a.row));
+    // Adding 0 makes one of the two zeros.
+    let size = |candidate: &Candidate| candidate.product + 0.0;
+    let order = |a: &&Candidate, b: &&Candidate| size(a).total_cmp(&size(b)).then(b.row.cmp(&a.row));
     candidates.iter().max_by(order).map(|candidate| candidate.row)
 }
 
@@ -168,6 +173,13 @@ struct Errors {
     of_vector: f32,
 }
 
+impl Errors {
+    fn new(vector: &Vector) -> Self {
+        let of_vector = vector.error * 1.001 + ROUNDING * vector.norm + UNDERFLOW;
+        Self { of_rows: vector.norm * 1.001 + UNDERFLOW, of_vector }
+    }
+}
+
 for_this_cpu! {
     /// What each product is at most, for a scale of the vector; returns what the largest is at least.
     fn bound(products: &[i32; ROWS], rows: &Rows, vector: (f32, Errors), limits: &mut [f32; ROWS]) -> f32 = add_errors
@@ -184,10 +196,13 @@ fn add_errors(
     for start in (0..ROWS).step_by(LANES) {
         for (lane, at_least) in at_least.iter_mut().enumerate() {
             let i = start + lane;
-            let product = products[i] as f32 * scale * rows.scales[i];
-            let error = rows.errors[i] * errors.of_rows + rows.norms[i] * errors.of_vector;
-            limits[i] = product + error;
-            *at_least = f32::max(*at_least, product - error);
+            // In this order, as codes times one scale could overflow.
+            let product = products[i] as f32 * (scale * rows.scales[i]);
+            let error = rows.errors[i] * errors.of_rows + rows.norms[i] * errors.of_vector + UNDERFLOW;
+            // Nothing is known of rows that are not finite, and of sums that may overflow.
+            let is_known = (rows.norms[i] + rows.errors[i]) * errors.of_rows < SAFE;
+            limits[i] = if is_known { product + error } else { f32::INFINITY };
+            *at_least = at_least.max(if is_known { product - error } else { f32::NEG_INFINITY });
         }
     }
     at_least.into_iter().fold(f32::NEG_INFINITY, f32::max)
@@ -217,13 +232,14 @@ struct Row {
 
 fn quantize(values: &[f32], groups: &mut [[u8; BYTES]]) -> Row {
     let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
-    // A row of zeros is exact with any scale.
-    let scale = if largest > 0.0 { largest / LARGEST } else { 1.0 };
+    // A row of zeros is exact with any scale. That of a row next to it may be 0.
+    let scale = Some(largest / LARGEST).filter(|scale| *scale > 0.0).unwrap_or(1.0);
     let (mut error, mut norm, mut of_codes) = (0f64, 0f64, 0f64);
     for (values, packed) in values.chunks(GROUP).zip(groups) {
         let mut codes = [0; GROUP];
         for (value, code) in values.iter().zip(&mut codes) {
-            let rounded = (value / scale).round();
+            // A scale that is subnormal is not precise.
+            let rounded = (value / scale).round().clamp(-LARGEST, LARGEST);
             *code = (rounded as i32 + ZERO) as u8;
             error += f64::from(value - rounded * scale).powi(2);
             norm += f64::from(*value).powi(2);
@@ -233,7 +249,7 @@ fn quantize(values: &[f32], groups: &mut [[u8; BYTES]]) -> Row {
     }
     Row {
         scale,
-        error: error.sqrt() as f32 * 1.001 + ROUNDING * norm.sqrt() as f32,
+        error: error.sqrt() as f32 * 1.001 + ROUNDING * norm.sqrt() as f32 + UNDERFLOW,
         norm: of_codes.sqrt() as f32 * 1.001,
     }
 }
@@ -286,8 +302,7 @@ mod tests {
             let product = |row: &[f32]| row.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
             let exact: Vec<f64> = rows.chunks(width).map(product).collect();
             let vector = Vector::new(&x).unwrap();
-            let norm = dot(&x, &x).sqrt();
-            let errors = Errors { of_rows: norm, of_vector: vector.error * 1.001 + ROUNDING * norm };
+            let errors = Errors::new(&vector);
             let (mut products, mut limits) = ([0; ROWS], [0.0; ROWS]);
             vector.products(&screen.codes, &mut products[..height]);
             let at_least = bound(&products, &screen.rows[0], (vector.scale, errors), &mut limits);
@@ -308,6 +323,49 @@ mod tests {
         {
             assert_eq!(at_least.raise(value), largest);
         }
+    }
+
+    proptest! {
+        /// Whatever the sizes, also where products overflow, vanish or are not numbers.
+        #[test]
+        fn sizes_do_not_matter(
+            height in 1usize..600, width in 1usize..150, seed: u32, of_rows in -44i32..39, of_x in -44i32..39,
+            odd in proptest::collection::vec((0usize..600, 0usize..150, 0usize..ODD.len()), 0..4),
+        ) {
+            let noise = |i: usize| (i as u32 ^ seed).wrapping_mul(0x9e37_79b9) as f32 / 2_147_483_648.0 - 1.0;
+            // Rows that are much alike.
+            let value = |i: usize| f64::from(noise(i % width)) + f64::from(noise(i)) * 1e-3;
+            let mut values: Vec<f32> =
+                (0..height * width).map(|i| (value(i) * 10f64.powi(of_rows)) as f32).collect();
+            for (row, column, of) in odd {
+                values[row % height * width + column % width] = ODD[of];
+            }
+            let x: Vec<f32> =
+                (0..width).map(|i| (f64::from(noise(i * 977)) * 10f64.powi(of_x)) as f32).collect();
+            let data = DenseData::F32(values);
+            let matrix =
+                HostMatrix::new(Weight::Dense(DenseTensor { shape: [height, width], data }), Products::F32);
+            let mut products = vec![0.0; height];
+            matrix.add_product(&x, &mut products);
+            let expected = x.iter().all(|v| v.is_finite()) && !products.iter().any(|v| v.is_nan());
+            prop_assert_eq!(matrix.argmax(&x), expected.then(|| place_of_largest(&products)));
+        }
+    }
+
+    const ODD: [f32; 7] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 3e38, 1e-45];
+
+    #[test]
+    fn a_row_that_is_not_a_number_leaves_no_largest_one() {
+        let argmax = |odd: f32| {
+            let mut values = vec![1.0; 300 * 4];
+            values[290 * 4] = odd;
+            let data = DenseData::F32(values);
+            let matrix = HostMatrix::new(Weight::Dense(DenseTensor { shape: [300, 4], data }), Products::F32);
+            matrix.argmax(&[1.0; 4])
+        };
+        assert_eq!(argmax(f32::NAN), None);
+        assert_eq!(argmax(f32::INFINITY), Some(290));
+        assert_eq!(argmax(f32::NEG_INFINITY), Some(0));
     }
 
     #[test]
