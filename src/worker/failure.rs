@@ -35,7 +35,9 @@ impl Failure {
             Self::Engine(EngineError::OutOfMemory { .. }) | Self::Died { out_of_memory: true, .. } => {
                 Outcome::Oom
             }
-            Self::Engine(EngineError::NotFinite { .. }) | Self::Wrong(_) => Outcome::Wrong,
+            Self::Engine(EngineError::NotFinite { .. } | EngineError::Wrong { .. }) | Self::Wrong(_) => {
+                Outcome::Wrong
+            }
             Self::Died { .. } => Outcome::Crashed,
             Self::Timeout(_) => Outcome::Timeout,
             Self::Engine(_) | Self::Start(_) | Self::Protocol(_) | Self::Harness(_) | Self::Interrupted => {

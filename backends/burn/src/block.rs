@@ -9,8 +9,9 @@ use crate::norm::RmsNorm;
 use burn::tensor::activation::silu;
 use burn::tensor::{Tensor, TensorData};
 use evalfw_engine::Result;
+use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::Target;
-use evalfw_engine::weights::WeightLoader;
+use evalfw_engine::weights::{self, WeightLoader};
 
 pub struct Block {
     heads: Heads,
@@ -22,15 +23,27 @@ pub struct Block {
 
 impl Block {
     pub fn load(loader: &mut WeightLoader<'_>, layer: usize, device: &OpenDevice) -> Result<Self> {
+        let norms = [loader.input_norm(layer)?, loader.post_attention_norm(layer)?];
         let config = loader.config();
+        Self::new(config, norms, |target| loader.projection(layer, target), device)
+    }
+
+    /// Moves one projection after the other to the device.
+    pub fn new(
+        config: &ModelConfig,
+        norms: [Vec<f32>; 2],
+        mut projection: impl FnMut(Target) -> Result<weights::Projection>,
+        device: &OpenDevice,
+    ) -> Result<Self> {
         let norm = |weight| RmsNorm::new(weight, config.rms_norm_eps, &device.device);
+        let [input_norm, post_attention_norm] = norms.map(norm);
         Ok(Self {
             heads: Heads::new(config),
-            input_norm: norm(loader.input_norm(layer)?),
-            post_attention_norm: norm(loader.post_attention_norm(layer)?),
+            input_norm,
+            post_attention_norm,
             projections: Target::ALL
                 .iter()
-                .map(|&target| Ok(Projection::new(loader.projection(layer, target)?, device)))
+                .map(|&target| Ok(Projection::new(projection(target)?, device)))
                 .collect::<Result<_>>()?,
         })
     }
@@ -77,7 +90,7 @@ struct Projection {
 }
 
 impl Projection {
-    fn new(projection: evalfw_engine::weights::Projection, device: &OpenDevice) -> Self {
+    fn new(projection: weights::Projection, device: &OpenDevice) -> Self {
         let bias = projection.bias.map(|bias| {
             let shape = [1, bias.len()];
             Tensor::from_data(TensorData::new(bias, shape), &device.device)

@@ -5,6 +5,7 @@ use crate::device::OpenDevice;
 use crate::guard::guard;
 use crate::model::BurnModel;
 use crate::network::Network;
+use crate::self_check;
 use evalfw_engine::protocol::{EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::WeightLoader;
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
@@ -13,11 +14,15 @@ use evalfw_kernels::level::level;
 
 pub struct BurnEngine {
     device: OpenDevice,
+    /// What the self-check said. It runs before any clock does; a device that failed still has a name.
+    checked: Result<()>,
 }
 
 impl BurnEngine {
     pub fn open(device: BurnDevice, products: Products) -> Result<Self> {
-        Ok(Self { device: OpenDevice::open(device, products)? })
+        let device = OpenDevice::open(device, products)?;
+        let checked = self_check::once(&device);
+        Ok(Self { device, checked })
     }
 }
 
@@ -51,6 +56,7 @@ impl Engine for BurnEngine {
             let message = "Burn with the quantization `native`; it has `nf4` and `none`".to_owned();
             return Err(Error::Unsupported { message });
         }
+        self.checked.clone()?;
         guard(|| {
             let network = Network::load(loader, &self.device)?;
             Ok(Box::new(BurnModel::new(network)) as LoadedModel)

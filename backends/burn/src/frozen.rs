@@ -165,6 +165,46 @@ mod tests {
         }
     }
 
+    /// Of matrices whose rows begin with a block of NF4 and of others, with fewer and more words than threads, and an
+    /// odd number of values; from the middle on as well.
+    #[test]
+    fn products_of_one_row_equal_those_of_the_decoded_matrix() {
+        for shape @ [rows, columns] in [[7, 64], [150, 44], [130, 896], [1, 320], [65, 33]] {
+            let packed = Nf4Tensor::quantize(shape, &wave(rows * columns, 0.713));
+            let narrow: Vec<_> = packed.dequantize().into_iter().map(bf16::from_f32).collect();
+            let wide: Vec<f32> = narrow.iter().map(|v| v.to_f32()).collect();
+            let x = wave(columns, 0.31);
+            for device in all_for_tests() {
+                let what = format!("{shape:?} on {}", device.info.name);
+                let nf4 = FrozenMatrix::new(Weight::Nf4(packed.clone()), &device);
+                assert_one_row(nf4, &x, &packed.dequantize(), &device, &what);
+                if device.kind == BurnDevice::Wgpu {
+                    let table = DenseTensor { shape, data: DenseData::Bf16(narrow.clone()) };
+                    let bf16 = FrozenMatrix::rows_of(&table, 0..rows, &device);
+                    assert_one_row(bf16, &x, &wide, &device, &what);
+                }
+            }
+        }
+    }
+
+    /// Holds `weight` times `x` against `decoded` times `x`; on a GPU its last rows, too.
+    fn assert_one_row(mut weight: FrozenMatrix, x: &[f32], decoded: &[f32], device: &OpenDevice, what: &str) {
+        let columns = x.len();
+        let rows = decoded.len() / columns;
+        let y = product(x, decoded, [1, columns, rows], [1, columns]);
+        let found = |weight: &FrozenMatrix| {
+            let x = dense(x.to_vec(), [1, columns], &device.device);
+            read(weight.matmul(x)).unwrap()
+        };
+        assert_close(&found(&weight), &y, what);
+        if let FrozenMatrix::Packed(packed) = &mut weight
+            && device.kind == BurnDevice::Wgpu
+        {
+            packed.rows.start = rows / 2;
+            assert_close(&found(&weight), &y[rows / 2..], what);
+        }
+    }
+
     #[test]
     fn rows_of_a_table_are_the_same_in_every_type_on_a_gpu() {
         let shape = [7, 5];

@@ -12,6 +12,7 @@
 //! | `embedding`, `head` | both ends of it, with the chunked loss |
 //! | `kept` | what a block keeps for its backward |
 //! | `training`, `optimizer` | one step: gradients by block, AdamW |
+//! | `self_check` | holds a GPU against the CPU before anything relies on it |
 //! | `model` | the contract, on top of all of these |
 
 mod attention;
@@ -32,6 +33,7 @@ mod norm;
 mod optimizer;
 mod packed;
 mod rope;
+mod self_check;
 mod training;
 
 use evalfw_engine::{Engine, Error, Result};

@@ -133,6 +133,7 @@ impl Model for BurnModel {
         DeviceMemory {
             in_use_bytes: usage.as_ref().map(|usage| usage.bytes_in_use),
             reserved_bytes: usage.as_ref().map(|usage| usage.bytes_reserved),
+            // The pools tell their own peaks only, which need not have been at one time.
             peak_bytes: None,
         }
     }

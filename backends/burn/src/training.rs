@@ -193,11 +193,11 @@ impl Segment {
     }
 }
 
-fn leaf(tensor: Tensor<2>) -> Tensor<2> {
+pub fn leaf(tensor: Tensor<2>) -> Tensor<2> {
     tensor.autodiff().require_grad()
 }
 
-fn gradient_of(leaf: &Tensor<2>, gradients: &mut Gradients) -> Result<Tensor<2>> {
+pub fn gradient_of(leaf: &Tensor<2>, gradients: &mut Gradients) -> Result<Tensor<2>> {
     let missing = || Error::framework("the backward pass left no gradient for a tensor that requires one");
     leaf.grad_remove(gradients).ok_or_else(missing)
 }

@@ -24,6 +24,9 @@ pub enum Error {
     /// A loss or gradient is not a finite number.
     #[error("not finite: {message}")]
     NotFinite { message: String },
+    /// What the device computes is wrong, by a check of the engine's own.
+    #[error("wrong: {message}")]
+    Wrong { message: String },
     /// The framework failed.
     #[error("{message}")]
     Framework { message: String },
@@ -52,6 +55,10 @@ impl Error {
 
     pub fn not_finite(message: impl Display) -> Self {
         Self::NotFinite { message: message.to_string() }
+    }
+
+    pub fn wrong(message: impl Display) -> Self {
+        Self::Wrong { message: message.to_string() }
     }
 
     /// A framework's own error. Frameworks report exhausted memory only in words, so the words decide.

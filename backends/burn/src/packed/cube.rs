@@ -1,12 +1,15 @@
-//! Packed matrices in device buffers, and the kernels that decode them there.
+//! Packed matrices in device buffers, and the kernels that decode them there or multiply one row by them.
 
-use super::{Decode, Packed, Storage, WordFormat};
+use super::{
+    Decode, Packed, PackedOps, Storage, WordFormat, matmul_by_decoding, matmul_transposed_by_decoding,
+};
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Cube, CubeDevice};
+use burn::backend::{Cube, CubeDevice, TensorMetadata};
 use burn::tensor::{DType, Device, Int, Shape, Tensor, TensorData};
 use burn_wgpu::CubeTensor;
 use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::*;
+use cubecl::server::CubeCountSelection;
 use evalfw_engine::nf4::{BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, Nf4Tensor};
 use half::bf16;
 use std::ops::Range;
@@ -46,11 +49,75 @@ fn little_endian(bytes: &[u8]) -> Vec<u32> {
     bytes.chunks(4).map(word).collect()
 }
 
+impl PackedOps for Cube {
+    fn packed_matmul(x: FloatTensor<Self>, weight: Packed<Self>) -> FloatTensor<Self> {
+        match x.shape()[0] {
+            1 if x.is_contiguous() && has_whole_words(&weight) => multiply_row(x, &weight),
+            _ => matmul_by_decoding(x, &weight),
+        }
+    }
+
+    fn packed_matmul_transposed(y: FloatTensor<Self>, weight: Packed<Self>) -> FloatTensor<Self> {
+        matmul_transposed_by_decoding(y, &weight)
+    }
+}
+
+/// Whether each row begins with a word and, in NF4, with a block.
+fn has_whole_words(weight: &Packed<Cube>) -> bool {
+    weight.columns.is_multiple_of(match words_of(weight).1 {
+        WordFormat::Bf16 => 2,
+        WordFormat::Nf4 { .. } => BLOCK,
+    })
+}
+
+fn words_of(weight: &Packed<Cube>) -> (&CubeTensor, WordFormat) {
+    match &weight.storage {
+        Storage::Words { words, format } => (words, *format),
+        Storage::Host(_) => unreachable!("wgpu stores its matrices on the device"),
+    }
+}
+
+/// `x [1, in] · Wᵀ`, which reads each word of W once: a single row is bound by the memory's rate.
+fn multiply_row(x: CubeTensor, weight: &Packed<Cube>) -> CubeTensor {
+    let (words, format) = words_of(weight);
+    let client = words.client.clone();
+    let rows = weight.rows.len();
+    let buffer = client.empty(rows * size_of::<f32>());
+    let shape = Shape::new([1, rows]);
+    let out = CubeTensor::new_contiguous(client.clone(), x.device.clone(), shape, buffer, DType::F32);
+
+    let cube_count = CubeCountSelection::new(&client, rows.div_ceil(ROWS) as u32).cube_count();
+    let cube_dim = CubeDim::new_2d(LANES as u32, ROWS as u32);
+    let first = weight.rows.start as u32;
+    let (words, x) = (words.clone().into_buffer_arg(), x.into_buffer_arg());
+    let target = out.clone().into_buffer_arg();
+    let columns = weight.columns as u32;
+    match format {
+        WordFormat::Bf16 => {
+            multiply_bf16::launch(&client, cube_count, cube_dim, words, x, target, first, columns / 2);
+        }
+        WordFormat::Nf4 { scales, nested, tables } => {
+            multiply_nf4::launch(
+                &client,
+                cube_count,
+                cube_dim,
+                words,
+                x,
+                target,
+                first,
+                columns / 8,
+                scales,
+                nested,
+                tables,
+            );
+        }
+    }
+    out
+}
+
 impl Decode for Cube {
     fn decode(weight: &Packed<Self>, rows: Range<usize>, device: &CubeDevice) -> FloatTensor<Self> {
-        let Storage::Words { words, format } = &weight.storage else {
-            unreachable!("wgpu stores its matrices on the device");
-        };
+        let (words, format) = words_of(weight);
         let shape = Shape::new([rows.len(), weight.columns]);
         let elements = shape.num_elements();
         let client = words.client.clone();
@@ -61,7 +128,7 @@ impl Decode for Cube {
         let first = (rows.start * weight.columns) as u32;
         let words = words.clone().into_buffer_arg();
         let target = out.clone().into_buffer_arg();
-        match *format {
+        match format {
             WordFormat::Bf16 => decode_bf16::launch(&client, cube_count, cube_dim, words, target, first),
             WordFormat::Nf4 { scales, nested, tables } => {
                 decode_nf4::launch(
@@ -91,17 +158,106 @@ fn decode_nf4(words: &[u32], out: &mut [f32], first: u32, scales: u32, nested: u
     if index < out.len() {
         let element = first + index as u32;
         let block = element / BLOCK as u32;
-
         // The first value of a byte is in its high nibble.
         let byte = element / 2;
         let shift = 8 * (byte % 4) + 4 * (1 - element % 2);
         let code = (words[(byte / 4) as usize] >> shift) & 15;
-        let scale_code = (words[(scales + block / 4) as usize] >> (8 * (block % 4))) & 255;
-
         let level = f32::reinterpret(words[(tables + code) as usize]);
-        let map = f32::reinterpret(words[(tables + 16 + scale_code) as usize]);
-        let outer = f32::reinterpret(words[(nested + block / NESTED_BLOCK as u32) as usize]);
-        let offset = f32::reinterpret(words[(tables + 272) as usize]);
-        out[index] = level * (map * outer + offset);
+        out[index] = level * scale_of(words, block, scales, nested, tables);
+    }
+}
+
+/// The scale of a block of NF4.
+#[cube]
+fn scale_of(words: &[u32], block: u32, scales: u32, nested: u32, tables: u32) -> f32 {
+    let code = (words[(scales + block / 4) as usize] >> (8 * (block % 4))) & 255;
+    let map = f32::reinterpret(words[(tables + 16 + code) as usize]);
+    let outer = f32::reinterpret(words[(nested + block / NESTED_BLOCK as u32) as usize]);
+    let offset = f32::reinterpret(words[(tables + 272) as usize]);
+    map * outer + offset
+}
+
+/// Threads that share a row of the matrix: a warp of most GPUs, so that it reads whole lines of memory.
+const LANES: usize = 32;
+/// Rows of a group of threads.
+const ROWS: usize = 4;
+/// Values of a word.
+const NF4_VALUES: usize = 8;
+
+/// `out[i]` is x times row `first_row + i`, which has `row_words` words. One row of threads a row.
+#[cube(launch)]
+fn multiply_bf16(words: &[u32], x: &[f32], out: &mut [f32], first_row: u32, row_words: u32) {
+    let row = CUBE_POS * ROWS + UNIT_POS_Y as usize;
+    let mut sum = 0f32;
+    if row < out.len() {
+        let start = (first_row + row as u32) * row_words;
+        let mut i = UNIT_POS_X;
+        while i < row_words {
+            let word = words[(start + i) as usize];
+            let at = (2 * i) as usize;
+            sum += f32::reinterpret(word << 16) * x[at];
+            sum += f32::reinterpret(word & 0xffff_0000) * x[at + 1];
+            i += LANES as u32;
+        }
+    }
+    add_lanes(sum, row, out);
+}
+
+/// The same for NF4; each row begins with a block.
+#[cube(launch)]
+fn multiply_nf4(
+    words: &[u32],
+    x: &[f32],
+    out: &mut [f32],
+    first_row: u32,
+    row_words: u32,
+    scales: u32,
+    nested: u32,
+    tables: u32,
+) {
+    let mut levels = Shared::<[f32]>::new_slice(16usize);
+    if UNIT_POS < 16 {
+        levels[UNIT_POS as usize] = f32::reinterpret(words[(tables + UNIT_POS) as usize]);
+    }
+    sync_cube();
+
+    let row = CUBE_POS * ROWS + UNIT_POS_Y as usize;
+    let mut sum = 0f32;
+    if row < out.len() {
+        let start = (first_row + row as u32) * row_words;
+        let mut i = UNIT_POS_X;
+        while i < row_words {
+            let at = start + i;
+            let word = words[at as usize];
+            let mut of_word = 0f32;
+            #[unroll]
+            for j in 0..NF4_VALUES {
+                // The first value of a byte is in its high nibble.
+                let shift = comptime!((8 * (j / 2) + 4 * (1 - j % 2)) as u32);
+                let level = levels[((word >> shift) & 15) as usize];
+                of_word += level * x[i as usize * NF4_VALUES + j];
+            }
+            let block = at / comptime!((BLOCK / NF4_VALUES) as u32);
+            sum += of_word * scale_of(words, block, scales, nested, tables);
+            i += LANES as u32;
+        }
+    }
+    add_lanes(sum, row, out);
+}
+
+/// Adds up what the threads of each row have. Through shared memory, as WGSL need not have operations within subgroups;
+/// all threads of the group have to come here.
+#[cube]
+fn add_lanes(sum: f32, row: usize, out: &mut [f32]) {
+    let mut sums = Shared::<[f32]>::new_slice(comptime!(LANES * ROWS));
+    sums[UNIT_POS_X as usize * ROWS + UNIT_POS_Y as usize] = sum;
+    sync_cube();
+    // One wait and a short loop: a tree would wait at each of its levels.
+    if UNIT_POS_X == 0 && row < out.len() {
+        let mut total = 0f32;
+        for lane in 0..LANES {
+            total += sums[lane * ROWS + UNIT_POS_Y as usize];
+        }
+        out[row] = total;
     }
 }

@@ -2,8 +2,7 @@
 //!
 //! This is an extension of burn: two operations with an implementation for each of its backends, and
 //! one for autodiff whose backward pass keeps the packed matrix and nothing else. There is no gradient
-//! for the matrix. A kernel that multiplies without decoding first would replace the bodies of
-//! [`PackedOps`] for its backend; nothing outside this module would change.
+//! for the matrix. How a backend multiplies is known in its own module only.
 
 mod cube;
 mod host;
@@ -101,22 +100,6 @@ fn matmul_transposed_by_decoding<B: Decode>(y: FloatTensor<B>, weight: &Packed<B
     let sum = pieces(weight).map(product).reduce(B::float_add);
     sum.expect("a matrix has rows")
 }
-
-macro_rules! by_decoding {
-    ($backend:ty) => {
-        impl PackedOps for $backend {
-            fn packed_matmul(x: FloatTensor<Self>, weight: Packed<Self>) -> FloatTensor<Self> {
-                matmul_by_decoding(x, &weight)
-            }
-
-            fn packed_matmul_transposed(y: FloatTensor<Self>, weight: Packed<Self>) -> FloatTensor<Self> {
-                matmul_transposed_by_decoding(y, &weight)
-            }
-        }
-    };
-}
-
-by_decoding!(burn::backend::Cube);
 
 impl<B: PackedOps, C: CheckpointStrategy> PackedOps for Autodiff<B, C> {
     fn packed_matmul(x: FloatTensor<Self>, weight: Packed<Self>) -> FloatTensor<Self> {
