@@ -114,7 +114,7 @@ impl Sample {
         let norms = [1, 2].map(|at| self.values(at, hidden, 0.2).into_iter().map(|v| v + 1.0).collect());
         let block = Block::new(config, norms, |target| Ok(self.projection(target)), device)?;
         let lora = Lora::new(&self.adapter(), config, &device.device)?;
-        let pass = Pass::new(config, 1, 0, self.positions, &device.device);
+        let pass = Pass::new(config, 1, 0, self.positions, device);
 
         let (input, factors) = (leaf(tensor(self.values(3, shape[0] * hidden, 1.0))), lora.leaves(0));
         let output = block.forward(input.clone(), &pass, Some(lora.layer_with(&factors, 0, None)), None);
