@@ -42,6 +42,7 @@ impl Engine for BurnEngine {
             .into(),
             features: features(self.device.kind),
             quantizations: Quantization::usual(),
+            native_4_bits_throughout: false,
             threads: rayon::current_num_threads(),
         }
     }
