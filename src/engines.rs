@@ -73,20 +73,32 @@ pub const ENGINES: &[EngineSpec] = &[
     EngineSpec {
         name: "burn-wgpu",
         summary: "Burn on a GPU through Vulkan, Metal or DX12",
-        kernels: Kernels::Tuned { stock: None },
+        kernels: Kernels::Tuned { stock: Some("burn-wgpu-stock") },
         open: burn::wgpu,
+    },
+    EngineSpec {
+        name: "burn-wgpu-stock",
+        summary: "Burn on a GPU, with nothing but its own operations",
+        kernels: Kernels::Stock,
+        open: burn::wgpu_stock,
     },
     EngineSpec {
         name: "burn-flex",
         summary: "Burn on the CPU",
-        kernels: Kernels::Tuned { stock: None },
+        kernels: Kernels::Tuned { stock: Some("burn-flex-stock") },
         open: burn::flex,
     },
     EngineSpec {
         name: "burn-flex-bf16",
         summary: "Burn on a CPU that multiplies bf16",
-        kernels: Kernels::Tuned { stock: None },
+        kernels: Kernels::Tuned { stock: Some("burn-flex-stock") },
         open: burn::flex_bf16,
+    },
+    EngineSpec {
+        name: "burn-flex-stock",
+        summary: "Burn on the CPU, with nothing but its own operations",
+        kernels: Kernels::Stock,
+        open: burn::flex_stock,
     },
 ];
 
@@ -204,6 +216,14 @@ mod burn {
     pub fn flex_bf16() -> Result<Box<dyn Engine>> {
         open(BurnDevice::Flex, Variant::TunedBf16)
     }
+
+    pub fn wgpu_stock() -> Result<Box<dyn Engine>> {
+        open(BurnDevice::Wgpu, Variant::Stock)
+    }
+
+    pub fn flex_stock() -> Result<Box<dyn Engine>> {
+        open(BurnDevice::Flex, Variant::Stock)
+    }
 }
 
 #[cfg(not(feature = "burn"))]
@@ -219,7 +239,7 @@ mod burn {
         left_out("burn")
     }
 
-    pub use flex as flex_bf16;
+    pub use {flex as flex_bf16, flex as flex_stock, wgpu as wgpu_stock};
 }
 
 #[cfg(test)]

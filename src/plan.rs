@@ -123,7 +123,8 @@ mod tests {
         suite.cells.push(stock);
         let selected = ["candle-cpu".to_owned(), "candle-cpu-bf16".to_owned(), "burn-flex".to_owned()];
         let engines = engines_of(&suite, &selected);
-        assert_eq!(engines, ["candle-cpu", "candle-cpu-bf16", "burn-flex", "candle-cpu-stock"]);
+        let expected = ["candle-cpu", "candle-cpu-bf16", "burn-flex", "candle-cpu-stock", "burn-flex-stock"];
+        assert_eq!(engines, expected);
         let engines: Vec<_> = engines.into_iter().map(|e| (e, 0)).collect();
         let cells = interleaved(&suite, &selected, &engines, &BTreeMap::new());
         assert_eq!(

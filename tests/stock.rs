@@ -2,8 +2,7 @@
 
 mod support;
 
-use evalfw::record::Outcome;
-use predicates::prelude::*;
+use evalfw::record::{CellRecord, Outcome};
 use std::fs;
 use support::Workspace;
 
@@ -90,27 +89,65 @@ fn a_form_that_an_engine_lacks_is_unavailable_there_and_the_rest_is_measured() {
     run.args(["run", "--suite", "kernels", "--scenario", "infer", "--engine", "burn-flex", "--model"]);
     run.arg(workspace.model()).assert().code(1);
     let records = workspace.records();
-    let outcome = |form: &str| {
-        let record = records.iter().find(|r| r.cell.contains(&format!("/{form}/"))).unwrap();
-        (record.outcome, record.error.as_ref().map(|e| e.message.clone()).unwrap_or_default())
+    let outcome = |engine: &str, form: &str| {
+        let of = |r: &&CellRecord| r.engine == engine && r.cell.contains(&format!("/{form}/"));
+        let record = records.iter().find(of).unwrap();
+        (record.outcome, record.error.clone())
     };
-    assert_eq!(outcome("nf4").0, Outcome::Ok);
-    let (unavailable, message) = outcome("native");
-    assert_eq!(unavailable, Outcome::Unavailable);
-    assert!(message.contains("native"), "{message}");
-    let advice = records.iter().find_map(|r| r.error.as_ref()?.advice.clone()).unwrap();
-    assert!(advice.contains("`none` and `nf4`"), "{advice}");
-    assert!(records.iter().all(|r| r.engine == "burn-flex"), "Burn has no stock form yet");
+    assert_eq!(outcome("burn-flex", "nf4").0, Outcome::Ok);
+    assert_eq!(outcome("burn-flex-stock", "native").0, Outcome::Ok);
+    for (engine, form, forms) in
+        [("burn-flex", "native", "`none` and `nf4`"), ("burn-flex-stock", "nf4", "`none` and `native`")]
+    {
+        let (unavailable, error) = outcome(engine, form);
+        assert_eq!(unavailable, Outcome::Unavailable);
+        let error = error.unwrap();
+        assert!(error.message.contains(form), "{}", error.message);
+        assert!(error.advice.unwrap().contains(forms));
+    }
+    // Each has one format of 4 bits.
+    let report = fs::read_to_string(workspace.results().join("REPORT.md")).unwrap();
+    let row = "| burn-flex | infer-pp8-tg3 (NF4 beside native) | generated tokens/s |";
+    assert!(report.contains(row), "{row} is not in: {report}");
 }
 
+/// Trains two steps on the framework's own format.
+const NATIVE_TRAINING: &str = "\
+description = \"x\"
+model = \"tiny\"
+software_adapter_model = \"tiny\"
+seed = 1
+[[cells]]
+scenario = \"train\"
+repetitions = 1
+quantization = \"native\"
+sequence_length = 32
+warmup_steps = 0
+steps = 2
+";
+
 #[test]
-fn a_suite_of_stock_kernels_alone_names_the_engines_that_have_them() {
+fn stock_burn_trains_on_its_own_format_without_dropout_and_refuses_it() {
     let workspace = Workspace::new();
     write_suite(&workspace);
-    let suite = workspace.path("scenarios/suites/kernels.toml");
-    fs::write(suite, SUITE.replace("[\"custom\", \"stock\"]", "\"stock\"")).unwrap();
-    let mut run = workspace.evalfw();
-    run.args(["run", "--suite", "kernels", "--engine", "burn-flex", "--model"]).arg(workspace.model());
-    let refused = run.assert().code(2);
-    refused.stderr(predicate::str::contains("has a stock form").and(predicate::str::contains("candle-cpu,")));
+    let train = |dropout: &str| {
+        let suite = format!("{NATIVE_TRAINING}lora_dropout = {dropout}\n");
+        fs::write(workspace.path("scenarios/suites/kernels.toml"), suite).unwrap();
+        let mut run = workspace.evalfw();
+        run.args(["run", "--suite", "kernels", "--engine", "burn-flex-stock", "--model"]);
+        run.arg(workspace.model()).assert()
+    };
+    train("0.1").code(1);
+    let refused = workspace.records().pop().unwrap();
+    assert_eq!(refused.outcome, Outcome::Failed);
+    let message = refused.error.unwrap().message;
+    assert!(
+        message.contains("lora_dropout 0.1") && message.contains("train with lora_dropout 0"),
+        "{message}"
+    );
+
+    train("0.0").success();
+    let trained = workspace.records().pop().unwrap();
+    assert_eq!(trained.outcome, Outcome::Ok, "{:?}", trained.error);
+    assert!(trained.samples.train.iter().all(|step| step.loss.is_finite() && step.grad_norm > 0.0));
 }

@@ -25,6 +25,15 @@ fn burn_on_flex_holds_against_the_whole_reference() {
 }
 
 #[test]
+fn stock_burn_on_flex_holds_against_the_whole_reference_and_refuses_dropout() {
+    let refusal = predicate::str::contains("dropout is refused, not left out")
+        .and(predicate::str::contains("lora_dropout 0.25"))
+        .and(predicate::str::contains("native: losses with adapter"))
+        .and(predicate::str::contains("NF4").not());
+    evalfw(&["verify", "--engine", "burn-flex-stock"]).success().stdout(refusal);
+}
+
+#[test]
 fn burn_on_wgpu_holds_where_there_is_an_adapter() {
     let output = Command::cargo_bin("evalfw").unwrap().args(["engines", "--json"]).output().unwrap();
     let rows: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();

@@ -5,6 +5,7 @@ use super::trace::{CellRef, Lines};
 use crate::decide::figures::{Footprint, InferFigures, Spread, TrainFigures};
 use crate::decide::jobs::Job;
 use crate::engines::is_stock_form_of;
+use evalfw_engine::protocol::Quantization;
 use serde::Serialize;
 
 /// One figure of a job on both.
@@ -26,16 +27,36 @@ pub struct StockRow {
 pub fn stock_rows(jobs: &[&Job], lines: &Lines) -> Vec<StockRow> {
     let mut rows = Vec::new();
     for stock in jobs {
-        let is_tuned =
-            |job: &&&Job| is_stock_form_of(stock.engine, job.engine) && job.label() == stock.label();
+        let is_tuned = |job: &&&Job| is_stock_form_of(stock.engine, job.engine);
         for tuned in jobs.iter().filter(is_tuned) {
-            rows.extend(compare(tuned, stock, lines));
+            if tuned.label() == stock.label() {
+                rows.extend(compare(tuned, stock, stock.label(), lines));
+            } else if four_bits_each(tuned, stock, jobs) {
+                rows.extend(compare(tuned, stock, format!("{} (NF4 beside native)", stock.scenario), lines));
+            }
         }
     }
     rows
 }
 
-fn compare(tuned: &Job, stock: &Job, lines: &Lines) -> Vec<StockRow> {
+/// Whether each did the same job on the only format of 4 bits that it has: NF4, and the framework's own.
+fn four_bits_each(tuned: &Job, stock: &Job, jobs: &[&Job]) -> bool {
+    let measured = |engine: &str, quantization| {
+        jobs.iter().any(|job| {
+            job.engine == engine
+                && job.scenario == stock.scenario
+                && job.quantization == quantization
+                && job.ok().next().is_some()
+        })
+    };
+    let forms = (tuned.quantization, stock.quantization);
+    forms == (Quantization::Nf4, Quantization::Native)
+        && tuned.scenario == stock.scenario
+        && !measured(tuned.engine, Quantization::Native)
+        && !measured(stock.engine, Quantization::Nf4)
+}
+
+fn compare(tuned: &Job, stock: &Job, label: String, lines: &Lines) -> Vec<StockRow> {
     let cells: Vec<CellRef> = tuned.ok().chain(stock.ok()).map(|cell| lines.refer(cell)).collect();
     figures(tuned)
         .into_iter()
@@ -45,7 +66,7 @@ fn compare(tuned: &Job, stock: &Job, lines: &Lines) -> Vec<StockRow> {
             Some(StockRow {
                 engine: tuned.engine.to_owned(),
                 stock_engine: stock.engine.to_owned(),
-                job: tuned.label(),
+                job: label.clone(),
                 figure,
                 stock: stock_figure,
                 tuned: tuned_figure,

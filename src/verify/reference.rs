@@ -1,6 +1,7 @@
 //! The golden files: made by transformers, peft and bitsandbytes (see `tests/reference`), compiled in,
 //! and checked against their digests before anything is held against them.
 
+use super::compare::relative;
 use super::manifest::Manifest;
 use super::{Scope, completeness};
 use anyhow::{Context, Result, bail};
@@ -81,6 +82,20 @@ impl Losses {
             Quantization::None | Quantization::Native => &self.none,
             Quantization::Nf4 => &self.nf4,
         }
+    }
+
+    /// The largest relative distances of the losses in NF4 from those without: without adapter, with one, and with
+    /// one that PEFT trained.
+    pub fn distances_of_nf4(&self) -> [f64; 3] {
+        let largest = |nf4: &[f64], none: &[f64]| {
+            nf4.iter().zip(none).map(|(nf4, none)| relative(*nf4, *none)).fold(0.0, f64::max)
+        };
+        let Self { none, nf4 } = self;
+        [
+            largest(&nf4.base, &none.base),
+            largest(&nf4.adapter, &none.adapter),
+            largest(&nf4.trained_adapter, &none.trained_adapter),
+        ]
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::record::{CellError, Outcome};
 use crate::worker::{Client, Failure, WorkerCommand};
+use evalfw_engine::Error as EngineError;
 use evalfw_engine::protocol::{CallType, EngineInfo, Load, Quantization};
 use std::path::Path;
 use std::time::Duration;
@@ -13,12 +14,15 @@ const TIMEOUT: Duration = Duration::from_secs(300);
 pub struct Break {
     pub outcome: Outcome,
     pub error: CellError,
+    /// The engine said that it does not do this.
+    pub refused: bool,
 }
 
 pub type Broken = Box<Break>;
 
 fn broken(failure: &Failure, during: &str, stderr_tail: Vec<String>) -> Broken {
-    Box::new(Break { outcome: failure.outcome(), error: failure.record(during, stderr_tail) })
+    let refused = matches!(failure, Failure::Engine(EngineError::Unsupported { .. }));
+    Box::new(Break { outcome: failure.outcome(), error: failure.record(during, stderr_tail), refused })
 }
 
 pub struct Session {

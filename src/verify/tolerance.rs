@@ -17,11 +17,16 @@
 
 use serde::Serialize;
 
-/// Of a framework's own quantized format from the unquantized model: logits, of the largest one. It has 4 bits
-/// where it can, and those are all that can be asked of it.
+/// Of a framework's own quantized format from the unquantized model: logits, of the largest one. For one that has 8
+/// bits on models as narrow as the reference's.
 pub const NATIVE_LOGITS: f64 = 2e-1;
 /// The same for the losses of evaluation.
 pub const NATIVE_LOSSES: f64 = 2e-2;
+/// As [`NATIVE_LOGITS`] for a format of 4 bits at every width: NF4 itself is up to 6.3e-1 off.
+pub const NATIVE_4_BITS_LOGITS: f64 = 8e-1;
+/// The distance of such a format's losses from the unquantized ones, of that of the reference's NF4, which has as
+/// many bits.
+pub const NATIVE_4_BITS_LOSSES_OF_NF4: f64 = 2.0;
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Tolerances {

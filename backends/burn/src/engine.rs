@@ -1,37 +1,50 @@
 //! The engine: an open device that loads models.
 
-use crate::BurnDevice;
 use crate::device::OpenDevice;
 use crate::guard::guard;
 use crate::model::BurnModel;
 use crate::network::Network;
 use crate::self_check;
+use crate::stock::{self, StockModel};
+use crate::{BurnDevice, Variant};
 use evalfw_engine::protocol::{EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::WeightLoader;
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
 use evalfw_kernels::level::level;
+use evalfw_kernels::memory::keep_freed_memory;
 
 pub struct BurnEngine {
     device: OpenDevice,
+    variant: Variant,
     /// What the self-check said. It runs before any clock does; a device that failed still has a name.
     checked: Result<()>,
 }
 
 impl BurnEngine {
-    pub fn open(device: BurnDevice, products: Products) -> Result<Self> {
+    pub fn open(device: BurnDevice, variant: Variant, products: Products) -> Result<Self> {
+        if device == BurnDevice::Flex && variant != Variant::Stock {
+            keep_freed_memory();
+        }
         let device = OpenDevice::open(device, products)?;
         let checked = self_check::once(&device);
-        Ok(Self { device, checked })
+        Ok(Self { device, variant, checked })
+    }
+
+    /// Loads with nothing but what Burn ships.
+    fn load_stock(&self, loader: WeightLoader<'_>) -> Result<LoadedModel> {
+        guard(|| Ok(Box::new(StockModel::load(loader, &self.device.device)?) as LoadedModel))
     }
 }
 
 impl Engine for BurnEngine {
     fn info(&self) -> EngineInfo {
-        let engine = match (self.device.kind, self.device.products) {
+        let engine = match (self.device.kind, self.variant) {
+            (BurnDevice::Wgpu, Variant::Stock) => "burn-wgpu-stock",
             (BurnDevice::Wgpu, _) => "burn-wgpu",
-            (BurnDevice::Flex, Products::F32) => "burn-flex",
-            (BurnDevice::Flex, Products::Bf16) => "burn-flex-bf16",
+            (BurnDevice::Flex, Variant::Tuned) => "burn-flex",
+            (BurnDevice::Flex, Variant::TunedBf16) => "burn-flex-bf16",
+            (BurnDevice::Flex, Variant::Stock) => "burn-flex-stock",
         };
         EngineInfo {
             protocol: VERSION,
@@ -45,13 +58,20 @@ impl Engine for BurnEngine {
                 Products::Bf16 => "bf16 products",
             }
             .into(),
-            features: features(self.device.kind),
-            quantizations: Quantization::usual(),
+            features: features(self.device.kind, self.variant),
+            quantizations: match self.variant {
+                Variant::Stock => stock::quantizations(),
+                Variant::Tuned | Variant::TunedBf16 => Quantization::usual(),
+            },
+            native_4_bits_throughout: self.variant == Variant::Stock,
             threads: rayon::current_num_threads(),
         }
     }
 
     fn load(&mut self, loader: WeightLoader<'_>) -> Result<LoadedModel> {
+        if self.variant == Variant::Stock {
+            return self.load_stock(loader);
+        }
         if loader.quantization() == Quantization::Native {
             let message = "Burn with the quantization `native`; it has `nf4` and `none`".to_owned();
             return Err(Error::Unsupported { message });
@@ -65,10 +85,12 @@ impl Engine for BurnEngine {
 }
 
 /// The features that matter on the device and are compiled in.
-fn features(device: BurnDevice) -> Vec<String> {
+fn features(device: BurnDevice, variant: Variant) -> Vec<String> {
     let known = match device {
         BurnDevice::Wgpu => vec![("autotune", cfg!(feature = "autotune"))],
-        BurnDevice::Flex => vec![(level().name(), true), ("x86-v4", cfg!(feature = "x86-v4"))],
+        BurnDevice::Flex => {
+            vec![(level().name(), variant != Variant::Stock), ("x86-v4", cfg!(feature = "x86-v4"))]
+        }
     };
     known.into_iter().filter(|(_, on)| *on).map(|(name, _)| name.to_owned()).collect()
 }

@@ -14,6 +14,7 @@
 //! | `training`, `optimizer` | one step: gradients by block, AdamW |
 //! | `self_check` | holds a GPU against the CPU before anything relies on it |
 //! | `model` | the contract, on top of all of these |
+//! | `stock` | the form without kernels of ours, with the same contract |
 
 mod attention;
 mod block;
@@ -34,6 +35,7 @@ mod optimizer;
 mod packed;
 mod rope;
 mod self_check;
+mod stock;
 mod training;
 
 use evalfw_engine::{Engine, Error, Result};
@@ -56,13 +58,15 @@ pub enum Variant {
     Tuned,
     /// The same with the factors of these products in bf16; sums and everything else stay in f32. On the CPU only.
     TunedBf16,
+    /// Nothing but what Burn ships: its modules, its 4-bit format, its LoRA, its gradient checkpointing.
+    Stock,
 }
 
 /// Opens a device. Fails with [`Error::Unavailable`] where there is no such device, no driver for it, or no
 /// instruction for the variant.
 pub fn open(device: BurnDevice, variant: Variant) -> Result<Box<dyn Engine>> {
     let products = match (variant, device) {
-        (Variant::Tuned, _) => Products::F32,
+        (Variant::Tuned | Variant::Stock, _) => Products::F32,
         (Variant::TunedBf16, BurnDevice::Flex) => {
             bf16_products_on_cpu().map_err(|reason| unavailable(device, reason))?;
             Products::Bf16
@@ -71,7 +75,7 @@ pub fn open(device: BurnDevice, variant: Variant) -> Result<Box<dyn Engine>> {
             return Err(unavailable(device, "WGSL has no bf16"));
         }
     };
-    Ok(Box::new(engine::BurnEngine::open(device, products)?))
+    Ok(Box::new(engine::BurnEngine::open(device, variant, products)?))
 }
 
 fn unavailable(device: BurnDevice, reason: &str) -> Error {

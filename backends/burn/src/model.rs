@@ -1,6 +1,7 @@
 //! A loaded model, as the contract wants it.
 
 use crate::attention::LayerCache;
+use crate::device;
 use crate::guard::guard;
 use crate::lora::{Lora, download};
 use crate::network::Network;
@@ -129,13 +130,7 @@ impl Model for BurnModel {
     }
 
     fn memory(&self) -> DeviceMemory {
-        let usage = guard(|| Ok(self.network.device.memory_pool_usage())).ok().flatten();
-        DeviceMemory {
-            in_use_bytes: usage.as_ref().map(|usage| usage.bytes_in_use),
-            reserved_bytes: usage.as_ref().map(|usage| usage.bytes_reserved),
-            // The pools tell their own peaks only, which need not have been at one time.
-            peak_bytes: None,
-        }
+        device::memory(&self.network.device)
     }
 }
 

@@ -100,6 +100,9 @@ pub struct EngineInfo {
     /// The forms of the base that the engine can load.
     #[serde(default = "Quantization::usual")]
     pub quantizations: Vec<Quantization>,
+    /// The native format has 4 bits on matrices of any width, where another falls back to 8 on narrow ones.
+    #[serde(default)]
+    pub native_4_bits_throughout: bool,
     pub threads: usize,
 }
 

@@ -6,7 +6,9 @@ mod training;
 use super::compare::{Deviation, relative};
 use super::reference::ReferenceModel;
 use super::session::{Broken, Session};
-use super::tolerance::{NATIVE_LOGITS, NATIVE_LOSSES, Tolerances};
+use super::tolerance::{
+    NATIVE_4_BITS_LOGITS, NATIVE_4_BITS_LOSSES_OF_NF4, NATIVE_LOGITS, NATIVE_LOSSES, Tolerances,
+};
 use super::{Check, Scope, Verdict};
 use crate::worker::WorkerCommand;
 use evalfw_engine::lora::Adapter;
@@ -15,19 +17,21 @@ use std::collections::VecDeque;
 use std::path::Path;
 use tempfile::TempDir;
 
-/// All checks of `model` that belong to `scope`.
+/// All checks of `model` that belong to `scope`, in the forms of the base that the engine has.
 pub fn run(
     command: &WorkerCommand,
     model: &ReferenceModel,
     scope: Scope,
     verdict: &mut Verdict,
 ) -> Result<(), Broken> {
-    let mut forms = VecDeque::from([Quantization::None, Quantization::Nf4]);
+    // The first is had by all, and its session says which others there are.
+    let mut forms = VecDeque::from([Quantization::None]);
     while let Some(quantization) = forms.pop_front() {
         let (session, info) = Session::open(command, &model.model, quantization)?;
         let tolerances = session.harness("hello", Tolerances::of(&info.compute_dtype))?;
-        if quantization == Quantization::Nf4 && info.quantizations.contains(&Quantization::Native) {
-            forms.push_back(Quantization::Native);
+        if quantization == Quantization::None {
+            let others = [Quantization::Nf4, Quantization::Native];
+            forms.extend(others.into_iter().filter(|form| info.quantizations.contains(form)));
         }
         verdict.info = Some(info);
         verdict.tolerances = Some(tolerances);
@@ -57,14 +61,12 @@ impl Bench<'_> {
             self.logits(self.tolerances.logits)?;
             self.decoding()?;
         }
-        self.losses(self.tolerances.losses)?;
+        self.losses([self.tolerances.losses; 3])?;
         self.gradients()?;
-        if exact {
-            self.dropout_gradients()?;
-        }
+        let drops = exact && self.dropout_gradients()?;
         if exact && scope == Scope::Full {
             self.finite_differences()?;
-            self.dropout()?;
+            self.dropout(drops)?;
         }
         self.curves(scope)
     }
@@ -72,8 +74,15 @@ impl Bench<'_> {
     /// No reference has a framework's own format, so that it is held against what it stands for: the unquantized
     /// model, as far as a quantized one can be near it.
     fn native_checks(&mut self) -> Result<(), Broken> {
-        self.logits(NATIVE_LOGITS)?;
-        self.losses(NATIVE_LOSSES)?;
+        let (logits, losses) = match &self.verdict.info {
+            Some(info) if info.native_4_bits_throughout => {
+                let of_nf4 = |distance| NATIVE_4_BITS_LOSSES_OF_NF4 * distance;
+                (NATIVE_4_BITS_LOGITS, self.model.losses.distances_of_nf4().map(of_nf4))
+            }
+            _ => (NATIVE_LOGITS, [NATIVE_LOSSES; 3]),
+        };
+        self.logits(logits)?;
+        self.losses(losses)?;
         self.gradients_without_reference().map(drop)
     }
 

@@ -35,30 +35,41 @@ impl Bench<'_> {
         Ok(recomputed)
     }
 
-    /// Rate and scale of dropout in training, and to each micro-batch, layer and projection its own mask.
-    pub fn dropout_gradients(&mut self) -> Result<(), Broken> {
+    /// Rate and scale of dropout in training, and to each micro-batch, layer and projection its own mask. An
+    /// engine may refuse to train with dropout; returns whether it does not.
+    pub fn dropout_gradients(&mut self) -> Result<bool, Broken> {
         let model = self.model;
         let adapter = self.adapter_with_dropout()?;
-        let Some(first) = model.dropout.steps.first() else { return Ok(()) };
+        let Some(first) = model.dropout.steps.first() else { return Ok(true) };
         let seed = model.dropout.settings.dropout_seed;
-        let recomputed = self.gradients_of(&adapter, &first.lines, seed, true)?;
+        let recomputed = match self.gradients_of(&adapter, &first.lines, seed, true) {
+            Err(broken) if broken.refused => {
+                let message = Deviation::new(0.0, broken.error.message.clone());
+                self.report("dropout is refused, not left out", message, 0.0);
+                return Ok(false);
+            }
+            gradients => gradients?,
+        };
         let deviation = tensors(&recomputed, &model.gradients_dropout);
         self.report("adapter gradients with dropout", deviation, self.tolerances.gradients);
         let kept = self.gradients_of(&adapter, &first.lines, seed, false)?;
         let deviation = whole(&kept, &recomputed);
         self.report("dropout masks are the same in recomputation", deviation, self.tolerances.repetition);
-        Ok(())
+        Ok(true)
     }
 
-    /// Off in evaluation, and anew in each step of training.
-    pub fn dropout(&mut self) -> Result<(), Broken> {
+    /// Off in evaluation, and, where the engine `drops`, anew in each step of training.
+    pub fn dropout(&mut self, drops: bool) -> Result<(), Broken> {
         let model = self.model;
         let adapter = self.adapter_with_dropout()?;
         self.attach(&adapter, model.dropout.settings.training())?;
         let expected = &model.losses.of(self.quantization).adapter;
         let name = "losses with dropout, which evaluation leaves out";
         self.batch_losses(name, expected, self.tolerances.losses)?;
-        self.curve("dropout", &model.dropout, usize::MAX, &adapter)
+        match drops {
+            true => self.curve("dropout", &model.dropout, usize::MAX, &adapter),
+            false => Ok(()),
+        }
     }
 
     /// `adapter/` with the dropout of the reference's `dropout.json`.
