@@ -80,35 +80,31 @@ fn words_of(weight: &Packed<Cube>) -> (&CubeTensor, WordFormat) {
 /// `x [1, in] · Wᵀ`, which reads each word of W once: a single row is bound by the memory's rate.
 fn multiply_row(x: CubeTensor, weight: &Packed<Cube>) -> CubeTensor {
     let (words, format) = words_of(weight);
+    assert_eq!(*x.shape(), [1, weight.columns], "the row does not fit the matrix");
     let client = words.client.clone();
     let rows = weight.rows.len();
     let buffer = client.empty(rows * size_of::<f32>());
     let shape = Shape::new([1, rows]);
     let out = CubeTensor::new_contiguous(client.clone(), x.device.clone(), shape, buffer, DType::F32);
 
-    let cube_count = CubeCountSelection::new(&client, rows.div_ceil(ROWS) as u32).cube_count();
-    let cube_dim = CubeDim::new_2d(LANES as u32, ROWS as u32);
+    let lanes = lanes(&client);
+    let cube_rows = UNITS / lanes;
+    let cube_count = CubeCountSelection::new(&client, rows.div_ceil(cube_rows) as u32).cube_count();
+    let cube_dim = CubeDim::new_2d(lanes as u32, cube_rows as u32);
     let first = weight.rows.start as u32;
     let (words, x) = (words.clone().into_buffer_arg(), x.into_buffer_arg());
     let target = out.clone().into_buffer_arg();
     let columns = weight.columns as u32;
     match format {
         WordFormat::Bf16 => {
-            multiply_bf16::launch(&client, cube_count, cube_dim, words, x, target, first, columns / 2);
+            let row_words = columns / 2;
+            multiply_bf16::launch(&client, cube_count, cube_dim, words, x, target, first, row_words, lanes);
         }
         WordFormat::Nf4 { scales, nested, tables } => {
+            let row_words = columns / NF4_VALUES as u32;
             multiply_nf4::launch(
-                &client,
-                cube_count,
-                cube_dim,
-                words,
-                x,
-                target,
-                first,
-                columns / 8,
-                scales,
-                nested,
-                tables,
+                &client, cube_count, cube_dim, words, x, target, first, row_words, scales, nested, tables,
+                lanes,
             );
         }
     }
@@ -177,17 +173,29 @@ fn scale_of(words: &[u32], block: u32, scales: u32, nested: u32, tables: u32) ->
     map * outer + offset
 }
 
-/// Threads that share a row of the matrix: a warp of most GPUs, so that it reads whole lines of memory.
-const LANES: usize = 32;
-/// Rows of a group of threads.
-const ROWS: usize = 4;
+/// Threads of a group. There are `lanes` for each of its rows.
+const UNITS: usize = 64;
+
+/// Threads that share a row of the matrix: those that the device runs together, so that they read whole lines of
+/// memory. A software adapter has 8.
+fn lanes(client: &Client) -> usize {
+    (client.properties().hardware.plane_size_max as usize).next_power_of_two().clamp(8, 32)
+}
+
 /// Values of a word.
 const NF4_VALUES: usize = 8;
 
 /// `out[i]` is x times row `first_row + i`, which has `row_words` words. One row of threads a row.
 #[cube(launch)]
-fn multiply_bf16(words: &[u32], x: &[f32], out: &mut [f32], first_row: u32, row_words: u32) {
-    let row = CUBE_POS * ROWS + UNIT_POS_Y as usize;
+fn multiply_bf16(
+    words: &[u32],
+    x: &[f32],
+    out: &mut [f32],
+    first_row: u32,
+    row_words: u32,
+    #[comptime] lanes: usize,
+) {
+    let row = CUBE_POS * comptime!(UNITS / lanes) + UNIT_POS_Y as usize;
     let mut sum = 0f32;
     if row < out.len() {
         let start = (first_row + row as u32) * row_words;
@@ -197,10 +205,10 @@ fn multiply_bf16(words: &[u32], x: &[f32], out: &mut [f32], first_row: u32, row_
             let at = (2 * i) as usize;
             sum += f32::reinterpret(word << 16) * x[at];
             sum += f32::reinterpret(word & 0xffff_0000) * x[at + 1];
-            i += LANES as u32;
+            i += comptime!(lanes as u32);
         }
     }
-    add_lanes(sum, row, out);
+    add_lanes(sum, row, out, lanes);
 }
 
 /// The same for NF4; each row begins with a block.
@@ -214,6 +222,7 @@ fn multiply_nf4(
     scales: u32,
     nested: u32,
     tables: u32,
+    #[comptime] lanes: usize,
 ) {
     let mut levels = Shared::<[f32]>::new_slice(16usize);
     if UNIT_POS < 16 {
@@ -221,7 +230,7 @@ fn multiply_nf4(
     }
     sync_cube();
 
-    let row = CUBE_POS * ROWS + UNIT_POS_Y as usize;
+    let row = CUBE_POS * comptime!(UNITS / lanes) + UNIT_POS_Y as usize;
     let mut sum = 0f32;
     if row < out.len() {
         let start = (first_row + row as u32) * row_words;
@@ -239,24 +248,25 @@ fn multiply_nf4(
             }
             let block = at / comptime!((BLOCK / NF4_VALUES) as u32);
             sum += of_word * scale_of(words, block, scales, nested, tables);
-            i += LANES as u32;
+            i += comptime!(lanes as u32);
         }
     }
-    add_lanes(sum, row, out);
+    add_lanes(sum, row, out, lanes);
 }
 
 /// Adds up what the threads of each row have. Through shared memory, as WGSL need not have operations within subgroups;
 /// all threads of the group have to come here.
 #[cube]
-fn add_lanes(sum: f32, row: usize, out: &mut [f32]) {
-    let mut sums = Shared::<[f32]>::new_slice(comptime!(LANES * ROWS));
-    sums[UNIT_POS_X as usize * ROWS + UNIT_POS_Y as usize] = sum;
+fn add_lanes(sum: f32, row: usize, out: &mut [f32], #[comptime] lanes: usize) {
+    let mut sums = Shared::<[f32]>::new_slice(UNITS);
+    let rows = comptime!(UNITS / lanes);
+    sums[UNIT_POS_X as usize * rows + UNIT_POS_Y as usize] = sum;
     sync_cube();
     // One wait and a short loop: a tree would wait at each of its levels.
     if UNIT_POS_X == 0 && row < out.len() {
         let mut total = 0f32;
-        for lane in 0..LANES {
-            total += sums[lane * ROWS + UNIT_POS_Y as usize];
+        for lane in 0..lanes {
+            total += sums[lane * rows + UNIT_POS_Y as usize];
         }
         out[row] = total;
     }
