@@ -1,6 +1,6 @@
 //! Which cells are run, in which order.
 
-use crate::engines::stock_form;
+use crate::engines::stock_form_in_suites;
 use crate::scenario::{CellKernels, Scenario, Suite, SuiteCell};
 use evalfw_engine::protocol::Quantization;
 use std::collections::BTreeMap;
@@ -89,7 +89,7 @@ fn taking(kernels: CellKernels, selected: &[String]) -> Vec<String> {
         CellKernels::Custom => selected.to_vec(),
         CellKernels::Stock => {
             let mut forms: Vec<String> = Vec::new();
-            for form in selected.iter().filter_map(|engine| stock_form(engine)) {
+            for form in selected.iter().filter_map(|engine| stock_form_in_suites(engine)) {
                 if !forms.iter().any(|known| known == form) {
                     forms.push(form.to_owned());
                 }
@@ -123,14 +123,23 @@ mod tests {
         suite.cells.push(stock);
         let selected = ["candle-cpu".to_owned(), "candle-cpu-bf16".to_owned(), "burn-flex".to_owned()];
         let engines = engines_of(&suite, &selected);
-        let expected = ["candle-cpu", "candle-cpu-bf16", "burn-flex", "candle-cpu-stock", "burn-flex-stock"];
-        assert_eq!(engines, expected);
+        assert_eq!(engines, ["candle-cpu", "candle-cpu-bf16", "burn-flex", "candle-cpu-stock"]);
         let engines: Vec<_> = engines.into_iter().map(|e| (e, 0)).collect();
         let cells = interleaved(&suite, &selected, &engines, &BTreeMap::new());
         assert_eq!(
             cells.iter().map(|c| c.engine.clone()).collect::<Vec<_>>(),
             engines.iter().map(|e| e.0.clone()).collect::<Vec<_>>()
         );
+    }
+
+    #[test]
+    fn a_stock_form_that_is_left_out_runs_where_it_is_named() {
+        let suite = Library::built_in().suite("default", None).unwrap();
+        let engines = |selected: &[&str]| {
+            engines_of(&suite, &selected.iter().map(|&name| name.to_owned()).collect::<Vec<_>>())
+        };
+        assert_eq!(engines(&["burn-flex"]), ["burn-flex"]);
+        assert_eq!(engines(&["burn-flex", "burn-flex-stock"]), ["burn-flex", "burn-flex-stock"]);
     }
 
     #[test]

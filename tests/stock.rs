@@ -86,7 +86,16 @@ fn a_form_that_an_engine_lacks_is_unavailable_there_and_the_rest_is_measured() {
     let workspace = Workspace::new();
     write_suite(&workspace);
     let mut run = workspace.evalfw();
-    run.args(["run", "--suite", "kernels", "--scenario", "infer", "--engine", "burn-flex", "--model"]);
+    run.args([
+        "run",
+        "--suite",
+        "kernels",
+        "--scenario",
+        "infer",
+        "--engine",
+        "burn-flex,burn-flex-stock",
+        "--model",
+    ]);
     run.arg(workspace.model()).assert().code(1);
     let records = workspace.records();
     let outcome = |engine: &str, form: &str| {
