@@ -1,6 +1,6 @@
 //! `evalfw verify`: holds the engines against the independent reference.
 
-use crate::engines::{self, ENGINES};
+use crate::engines;
 use crate::output::print;
 use crate::record::Outcome;
 use crate::verify::agreement::across;
@@ -54,7 +54,7 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     let named = !args.engine.is_empty();
     let names: Vec<&str> = match named {
         true => args.engine.iter().map(String::as_str).collect(),
-        false => ENGINES.iter().map(|e| e.name).collect(),
+        false => engines::unasked().map(|e| e.name).collect(),
     };
     let mut verdicts = Vec::new();
     for engine in names {
