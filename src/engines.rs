@@ -123,7 +123,7 @@ pub fn unasked() -> impl Iterator<Item = &'static EngineSpec> {
 
 /// Stock forms that suites and verification leave out unless they are named. They have no NF4, which suites ask for first, and with Burn's
 /// own 4-bit format and product a prompt of 128 tokens takes a 0.5B model minutes on two cores.
-/// On software Vulkan Burn's own gradients are wrong where 2 query heads have keys of their own (`odd-2q2kv`).
+/// On software Vulkan Burn's own gradients are wrong for one model of the reference (`odd-2q2kv`); why is open.
 const ONLY_WHEN_NAMED: [&str; 2] = ["burn-flex-stock", "burn-wgpu-stock"];
 
 /// The stock form that a suite runs for an engine that was selected.

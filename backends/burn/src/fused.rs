@@ -3,7 +3,7 @@
 //! them on one thread.
 
 use crate::kept::Kept;
-use crate::packed::HostMatrix;
+use crate::packed::{HostMatrix, values};
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -16,10 +16,9 @@ use burn::tensor::{Tensor, TensorData};
 use evalfw_engine::dropout::MaskKey;
 use evalfw_engine::lora::Target;
 use evalfw_kernels::attention::{self, Shape};
-use evalfw_kernels::elementwise;
-use evalfw_kernels::filled::{PIECE, filled, zeros};
+use evalfw_kernels::elementwise::{swiglu_gradients_of, swiglu_of};
+use evalfw_kernels::filled::{PIECE, filled};
 use evalfw_kernels::lora::{self, Factors, Masked};
-use rayon::prelude::*;
 
 /// `silu(gate) · up`
 pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
@@ -58,13 +57,7 @@ impl Projection {
     }
 
     fn factors<'a>(&self, a: &'a FlexTensor, b: &'a FlexTensor) -> Factors<'a> {
-        let [r, _] = self.rows_and_width(a);
-        Factors { a: values(a), b: values(b), r, scale: self.scale }
-    }
-
-    fn rows_and_width(&self, tensor: &FlexTensor) -> [usize; 2] {
-        let shape = tensor.layout().shape();
-        [shape[0], shape[1]]
+        Factors { a: values(a), b: values(b), r: a.layout().shape()[0], scale: self.scale }
     }
 }
 
@@ -107,12 +100,7 @@ trait FusedGradients: FusedOps {
 impl FusedOps for Flex {
     fn fused_swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
         let [gate, up] = [gate, up].map(|x| x.to_contiguous());
-        let (of_gate, of_up) = (values(&gate), values(&up));
-        let out = filled(of_gate.len(), PIECE, |start, out| {
-            let here = start..start + out.len();
-            elementwise::swiglu(&of_gate[here.clone()], &of_up[here], out);
-        });
-        like(&gate, out)
+        like(&gate, swiglu_of(values(&gate), values(&up)))
     }
 
     fn fused_attention(query: FlexTensor, key: FlexTensor, value: FlexTensor, shape: Shape) -> FlexTensor {
@@ -136,14 +124,7 @@ impl FusedOps for Flex {
 impl FusedGradients for Flex {
     fn swiglu_gradients(args: [FlexTensor; 2], grad: FlexTensor) -> [FlexTensor; 2] {
         let ([gate, up], grad) = (args.map(|x| x.to_contiguous()), grad.to_contiguous());
-        let (mut of_gate, mut of_up) = (zeros(values(&gate).len()), zeros(values(&up).len()));
-        let outputs = of_gate.par_chunks_mut(PIECE).zip(of_up.par_chunks_mut(PIECE));
-        let inputs = [&gate, &up, &grad].map(|x| values(x).par_chunks(PIECE));
-        let [of_args_gate, of_args_up, of_grad] = inputs;
-        let inputs = of_args_gate.zip(of_args_up).zip(of_grad);
-        outputs.zip(inputs).for_each(|((of_gate, of_up), ((gate, up), grad))| {
-            elementwise::swiglu_gradients(gate, up, grad, elementwise::Gradients { of_gate, of_up });
-        });
+        let [of_gate, of_up] = swiglu_gradients_of(values(&gate), values(&up), values(&grad));
         [like(&gate, of_gate), like(&up, of_up)]
     }
 
@@ -163,10 +144,6 @@ impl FusedGradients for Flex {
         let of_b = FlexTensor::from_data(of_b).transpose(0, 1).to_contiguous();
         [like(&x, gradients.x), like(&a, gradients.a), of_b]
     }
-}
-
-fn values(tensor: &FlexTensor) -> &[f32] {
-    tensor.as_slice().expect("the engine computes in f32, and the tensor is contiguous")
 }
 
 /// New values in the shape of a tensor.

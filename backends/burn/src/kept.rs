@@ -4,8 +4,8 @@
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::Target;
 use evalfw_kernels::Products;
-use evalfw_kernels::elementwise::{narrow_to_bf16, widen_bf16};
-use evalfw_kernels::filled::{PIECE, filled, zeros};
+use evalfw_kernels::elementwise::{narrowed, widened};
+use evalfw_kernels::filled::zeros;
 use half::bf16;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -77,9 +77,7 @@ impl Results {
     fn put(&self, target: Target, result: &[f32]) {
         let values = match self.products {
             Products::F32 => Values::F32(result.to_vec()),
-            Products::Bf16 => Values::Bf16(filled(result.len(), PIECE, |start, narrow| {
-                narrow_to_bf16(&result[start..], narrow);
-            })),
+            Products::Bf16 => Values::Bf16(narrowed(result)),
         };
         self.values.lock().unwrap_or_else(PoisonError::into_inner).insert(target, values);
     }
@@ -88,9 +86,7 @@ impl Results {
         let values = self.values.lock().unwrap_or_else(PoisonError::into_inner).remove(&target)?;
         Some(match values {
             Values::F32(values) => values,
-            Values::Bf16(values) => {
-                filled(values.len(), PIECE, |start, wide| widen_bf16(&values[start..], wide))
-            }
+            Values::Bf16(values) => widened(&values),
         })
     }
 }

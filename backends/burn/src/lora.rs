@@ -39,27 +39,14 @@ impl Lora {
     pub fn new(adapter: &Adapter, model: &ModelConfig, device: &Device) -> Result<Self> {
         let r = adapter.config.r;
         let mut factors = Vec::with_capacity(model.num_hidden_layers * PER_LAYER);
+        let tensor =
+            |values: &[f32], shape| Tensor::from_data(TensorData::new(values.to_vec(), shape), device);
         for layer in 0..model.num_hidden_layers {
             for target in Target::ALL {
                 let [out_features, in_features] = model.projection_shape(target);
-                let tensor = |values: &[f32], shape: [usize; 2]| match values.len() == shape[0] * shape[1] {
-                    true => Ok(Tensor::from_data(TensorData::new(values.to_vec(), shape), device)),
-                    false => Err(Error::input(format_args!(
-                        "adapter of layer {layer}, {}: {} values where {shape:?} are needed",
-                        target.module(),
-                        values.len()
-                    ))),
-                };
-                let Some(pair) = adapter.tensors.get(&(layer, target)) else {
-                    return Err(Error::input(format_args!(
-                        "the adapter has nothing for layer {layer}, {}",
-                        target.module()
-                    )));
-                };
-                factors.push(Factors {
-                    a: tensor(&pair.a, [r, in_features])?,
-                    b: tensor(&pair.b, [out_features, r])?,
-                });
+                let pair = pair_of(adapter, layer, target, model)?;
+                let (a, b) = (tensor(&pair.a, [r, in_features]), tensor(&pair.b, [out_features, r]));
+                factors.push(Factors { a, b });
             }
         }
         Ok(Self { config: adapter.config.clone(), factors })
@@ -88,6 +75,28 @@ impl Lora {
     ) -> LoraLayer<'a> {
         LoraLayer { factors: leaves, scale: self.config.scale(), layer, dropout, kept: &Kept::No }
     }
+}
+
+/// The values of one projection's factors, of which there are as many as the model needs.
+pub fn pair_of<'a>(
+    adapter: &'a Adapter,
+    layer: usize,
+    target: Target,
+    model: &ModelConfig,
+) -> Result<&'a LoraPair> {
+    let module = target.module();
+    let missing = || Error::input(format_args!("the adapter has nothing for layer {layer}, {module}"));
+    let pair = adapter.tensors.get(&(layer, target)).ok_or_else(missing)?;
+    let ([out_features, in_features], r) = (model.projection_shape(target), adapter.config.r);
+    for (values, shape) in [(&pair.a, [r, in_features]), (&pair.b, [out_features, r])] {
+        if values.len() != shape[0] * shape[1] {
+            return Err(Error::input(format_args!(
+                "adapter of layer {layer}, {module}: {} values where {shape:?} are needed",
+                values.len()
+            )));
+        }
+    }
+    Ok(pair)
 }
 
 /// Reads factors back, whatever they are: weights or gradients.

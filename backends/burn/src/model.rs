@@ -134,6 +134,6 @@ impl Model for BurnModel {
     }
 }
 
-fn no_adapter() -> Error {
+pub fn no_adapter() -> Error {
     Error::protocol("no adapter is attached")
 }

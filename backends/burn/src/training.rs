@@ -1,7 +1,7 @@
 //! The gradients of one optimizer step.
 //!
-//! With gradient checkpointing, the first pass keeps only the input of each block; backwards, each
-//! block is computed again under autodiff, and burn gives the gradients of its factors and of its
+//! With gradient checkpointing, the first pass keeps the input of each block, and on the CPU what else there is memory
+//! for; backwards, each block is computed again under autodiff, and burn gives the gradients of its factors and of its
 //! input. Without, one graph spans all blocks. In both, the input of the blocks requires a gradient:
 //! with trainable factors alone, wgpu can lose the gradients (burn issue 5162).
 

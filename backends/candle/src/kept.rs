@@ -6,8 +6,8 @@ use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, Tensor, bai
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::Target;
 use evalfw_kernels::Products;
-use evalfw_kernels::elementwise::{narrow_to_bf16, widen_bf16};
-use evalfw_kernels::filled::{PIECE, filled, zeros};
+use evalfw_kernels::elementwise::{narrowed, widened};
+use evalfw_kernels::filled::zeros;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -150,11 +150,7 @@ impl Known {
         };
         match storage {
             CpuStorage::F32(values) => Ok(CpuStorage::F32(values[start..end].to_vec())),
-            CpuStorage::BF16(values) => {
-                let values = &values[start..end];
-                let wide = filled(values.len(), PIECE, |start, wide| widen_bf16(&values[start..], wide));
-                Ok(CpuStorage::F32(wide))
-            }
+            CpuStorage::BF16(values) => Ok(CpuStorage::F32(widened(&values[start..end]))),
             other => bail!("a kept result in {:?}", other.dtype()),
         }
     }
@@ -171,7 +167,5 @@ fn dtype(products: Products) -> DType {
 fn narrow(result: &Tensor) -> Result<Tensor> {
     let contiguous = result.contiguous()?;
     let values = CpuValues::new(&contiguous)?;
-    let values = values.slice()?;
-    let narrow = filled(values.len(), PIECE, |start, narrow| narrow_to_bf16(&values[start..], narrow));
-    Tensor::from_vec(narrow, result.shape(), &Device::Cpu)
+    Tensor::from_vec(narrowed(values.slice()?), result.shape(), &Device::Cpu)
 }

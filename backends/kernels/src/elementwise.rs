@@ -2,8 +2,10 @@
 //! of the C library for each element costs more than the matrix products beside it.
 
 use crate::dot;
+use crate::filled::{PIECE, filled, zeros};
 use crate::level::for_this_cpu;
 use half::bf16;
+use rayon::prelude::*;
 
 /// eˣ to about one unit in the last place; 0 and ∞ beyond the range of f32, NaN for NaN.
 ///
@@ -60,6 +62,16 @@ fn widen_bf16_body(values: &[bf16], out: &mut [f32]) {
     out.iter_mut().zip(values).for_each(|(out, &value)| *out = dot::widen_bf16(value));
 }
 
+/// [`narrow_to_bf16`] on all threads.
+pub fn narrowed(values: &[f32]) -> Vec<bf16> {
+    filled(values.len(), PIECE, |start, narrow| narrow_to_bf16(&values[start..], narrow))
+}
+
+/// [`widen_bf16`] on all threads.
+pub fn widened(values: &[bf16]) -> Vec<f32> {
+    filled(values.len(), PIECE, |start, wide| widen_bf16(&values[start..], wide))
+}
+
 for_this_cpu! {
     /// `out = silu(gate) · up`
     pub fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32]) -> () = swiglu_body
@@ -70,6 +82,25 @@ fn swiglu_body(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, &gate), up) in out.iter_mut().zip(gate).zip(up) {
         *out = gate * sigmoid(gate) * up;
     }
+}
+
+/// [`swiglu`] on all threads.
+pub fn swiglu_of(gate: &[f32], up: &[f32]) -> Vec<f32> {
+    filled(gate.len(), PIECE, |start, out| {
+        let here = start..start + out.len();
+        swiglu(&gate[here.clone()], &up[here], out);
+    })
+}
+
+/// [`swiglu_gradients`] on all threads, for the gate and for the way up.
+pub fn swiglu_gradients_of(gate: &[f32], up: &[f32], grad: &[f32]) -> [Vec<f32>; 2] {
+    let (mut of_gate, mut of_up) = (zeros(gate.len()), zeros(gate.len()));
+    let outputs = of_gate.par_chunks_mut(PIECE).zip(of_up.par_chunks_mut(PIECE));
+    let inputs = gate.par_chunks(PIECE).zip(up.par_chunks(PIECE)).zip(grad.par_chunks(PIECE));
+    outputs.zip(inputs).for_each(|((of_gate, of_up), ((gate, up), grad))| {
+        swiglu_gradients(gate, up, grad, Gradients { of_gate, of_up });
+    });
+    [of_gate, of_up]
 }
 
 /// The gradients of a loop over elements with two inputs.

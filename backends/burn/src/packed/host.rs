@@ -58,6 +58,10 @@ fn matrix(storage: &Storage<Flex>) -> &HostMatrix {
 fn map_rows(input: &FlexTensor, width: usize, of: impl FnOnce(&[f32]) -> Vec<f32>) -> FlexTensor {
     let input = input.to_contiguous();
     let rows = input.layout().shape()[0];
-    let values = input.as_slice::<f32>().expect("the engine computes in f32, and the tensor is contiguous");
-    FlexTensor::from_data(TensorData::new(of(values), [rows, width]))
+    FlexTensor::from_data(TensorData::new(of(values(&input)), [rows, width]))
+}
+
+/// Of a tensor that has been made contiguous.
+pub fn values(tensor: &FlexTensor) -> &[f32] {
+    tensor.as_slice().expect("the engine computes in f32, and the tensor is contiguous")
 }

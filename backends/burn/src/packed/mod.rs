@@ -7,7 +7,7 @@
 mod cube;
 mod host;
 
-pub use host::HostMatrix;
+pub use host::{HostMatrix, values};
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;

@@ -2,6 +2,7 @@
 
 use super::network::Qwen2;
 use crate::guard::read;
+use crate::lora::pair_of;
 use burn::module::{Lora, LoraAdapter, Module, ModuleMapper, Param, ParamGroup};
 use burn::tensor::{Device, Tensor, TensorData};
 use evalfw_engine::config::ModelConfig;
@@ -27,21 +28,9 @@ fn given_factors(network: &Qwen2, adapter: &Adapter, config: &ModelConfig) -> Re
     let mut factors = BTreeMap::new();
     for (layer, target, attached) in attached(network)? {
         let [out_features, in_features] = config.projection_shape(target);
-        let missing =
-            || Error::input(format_args!("the adapter has nothing for layer {layer}, {}", target.module()));
-        let LoraPair { a, b } = adapter.tensors.get(&(layer, target)).ok_or_else(missing)?;
-        for (id, values, shape) in
-            [(attached.a.id, a, [r, in_features]), (attached.b.id, b, [out_features, r])]
-        {
-            if values.len() != shape[0] * shape[1] {
-                return Err(Error::input(format_args!(
-                    "adapter of layer {layer}, {}: {} values where {shape:?} are needed",
-                    target.module(),
-                    values.len()
-                )));
-            }
-            factors.insert(id.val(), (values.clone(), shape));
-        }
+        let LoraPair { a, b } = pair_of(adapter, layer, target, config)?;
+        factors.insert(attached.a.id.val(), (a.clone(), [r, in_features]));
+        factors.insert(attached.b.id.val(), (b.clone(), [out_features, r]));
     }
     Ok(factors)
 }

@@ -3,6 +3,7 @@
 use super::network::{LayerCache, Pass, Qwen2, tokens};
 use super::{adapter, training, weights};
 use crate::guard::{guard, read};
+use crate::model::no_adapter;
 use burn::module::Module;
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::Device;
@@ -169,8 +170,4 @@ impl Model for StockModel {
     fn memory(&self) -> DeviceMemory {
         crate::device::memory(&self.device)
     }
-}
-
-fn no_adapter() -> Error {
-    Error::protocol("no adapter is attached")
 }

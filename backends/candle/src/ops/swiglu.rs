@@ -3,9 +3,7 @@
 use super::{Form, Graph, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
-use evalfw_kernels::elementwise::{self, Gradients};
-use evalfw_kernels::filled::{PIECE, filled, zeros};
-use rayon::prelude::*;
+use evalfw_kernels::elementwise::{swiglu_gradients_of, swiglu_of};
 
 /// `silu(gate) · up`
 pub fn swiglu(graph: Graph<'_>, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
@@ -46,11 +44,7 @@ impl CustomOp2 for SwiGlu {
         up_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (stored(gate, gate_layout)?, stored(up, up_layout)?);
-        let out = filled(gate.len(), PIECE, |start, out| {
-            let here = start..start + out.len();
-            elementwise::swiglu(&gate[here.clone()], &up[here], out);
-        });
-        Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
+        Ok((CpuStorage::F32(swiglu_of(gate, up)), gate_layout.shape().clone()))
     }
 
     fn bwd(
@@ -63,13 +57,7 @@ impl CustomOp2 for SwiGlu {
         let shape = gate.shape();
         let grad = grad.contiguous()?;
         let (gate, up, grad) = (CpuValues::new(gate)?, CpuValues::new(up)?, CpuValues::new(&grad)?);
-        let (gate, up, grad) = (gate.slice()?, up.slice()?, grad.slice()?);
-        let (mut of_gate, mut of_up) = (zeros(gate.len()), zeros(gate.len()));
-        let outputs = of_gate.par_chunks_mut(PIECE).zip(of_up.par_chunks_mut(PIECE));
-        let inputs = gate.par_chunks(PIECE).zip(up.par_chunks(PIECE)).zip(grad.par_chunks(PIECE));
-        outputs.zip(inputs).for_each(|((of_gate, of_up), ((gate, up), grad))| {
-            elementwise::swiglu_gradients(gate, up, grad, Gradients { of_gate, of_up });
-        });
+        let [of_gate, of_up] = swiglu_gradients_of(gate.slice()?, up.slice()?, grad.slice()?);
         let tensor = |values| Tensor::from_vec(values, shape, &Device::Cpu).map(Some);
         Ok((tensor(of_gate)?, tensor(of_up)?))
     }
