@@ -59,6 +59,12 @@ pub fn level() -> Level {
     })
 }
 
+/// Whether NF4 is multiplied by one row, as in decoding, in integers of 16 bits: with AVX2, which has no other way to
+/// keep up with the memory.
+pub fn rows_in_16_bits() -> bool {
+    level() == Level::Avx2
+}
+
 /// Whether the CPU multiplies pairs of bf16 and sums them in f32 in one instruction, and the level allows it.
 pub fn has_bf16_products() -> bool {
     #[cfg(target_arch = "x86_64")]

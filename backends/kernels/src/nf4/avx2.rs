@@ -1,0 +1,102 @@
+//! With AVX2, whose look-ups have 16 entries of one byte: the four bytes of a level are looked up apart.
+
+use evalfw_engine::nf4::{BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, Nf4Tensor, Scales};
+use std::arch::x86_64::*;
+
+/// Lanes of a register of f32.
+const LANES: usize = 8;
+/// Scales that are looked up before the blocks that need them.
+const RUN: usize = 64;
+
+/// One byte of each of 16 values, as bytes of a register are looked up: the same 16 in both halves.
+#[target_feature(enable = "avx2,fma")]
+pub fn table(byte: impl Fn(usize) -> u8) -> __m256i {
+    let bytes: [u8; 16] = std::array::from_fn(byte);
+    // SAFETY: 16 bytes are read.
+    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
+}
+
+/// The low nibbles of 32 bytes, which are the second weights of their pairs, and the high ones.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+pub fn nibbles(codes: __m256i) -> [__m256i; 2] {
+    let nibble = _mm256_set1_epi8(15);
+    [_mm256_and_si256(codes, nibble), _mm256_and_si256(_mm256_srli_epi16::<4>(codes), nibble)]
+}
+
+/// The scales of the blocks from `first` on, bit for bit those of [`Scales::absmax`].
+#[target_feature(enable = "avx2,fma")]
+pub fn absmax(scales: &Scales, first: usize, out: &mut [f32]) {
+    let map: &[f32; 256] = &DYNAMIC_MAP;
+    let offset = _mm256_set1_ps(scales.offset);
+    let mut at = first;
+    let mut out = out;
+    while !out.is_empty() {
+        // All of them share a nested scale.
+        let here = out.len().min(NESTED_BLOCK - at % NESTED_BLOCK);
+        let Some(blocks) = out.split_off_mut(..here) else { return };
+        let codes = &scales.codes[at..at + here];
+        let nested = _mm256_set1_ps(scales.absmax[at / NESTED_BLOCK]);
+        let whole = here / LANES * LANES;
+        for (codes, out) in codes.as_chunks::<LANES>().0.iter().zip(blocks.as_chunks_mut::<LANES>().0) {
+            let values = codes.map(|code| map[usize::from(code)]);
+            // SAFETY: eight elements are read, and eight written.
+            unsafe {
+                let scaled = _mm256_mul_ps(_mm256_loadu_ps(values.as_ptr()), nested);
+                _mm256_storeu_ps(out.as_mut_ptr(), _mm256_add_ps(scaled, offset));
+            }
+        }
+        for (block, out) in (at + whole..).zip(&mut blocks[whole..]) {
+            *out = scales.absmax(block);
+        }
+        at += here;
+    }
+}
+
+/// Whole blocks only.
+#[target_feature(enable = "avx2,fma")]
+pub fn widen(tensor: &Nf4Tensor, start: usize, out: &mut [f32]) {
+    assert!(start.is_multiple_of(BLOCK) && out.len().is_multiple_of(BLOCK));
+    let first = start / BLOCK;
+    let codes = &tensor.codes[first * (BLOCK / 2)..][..out.len() / 2];
+    let tables: [__m256i; 4] = std::array::from_fn(|i| table(|code| LEVELS[code].to_le_bytes()[i]));
+    let mut scales = [0.0; RUN];
+    let runs = out.chunks_mut(RUN * BLOCK).zip(codes.chunks(RUN * BLOCK / 2)).enumerate();
+    for (run, (out, codes)) in runs {
+        let scales = &mut scales[..out.len() / BLOCK];
+        absmax(&tensor.scales, first + RUN * run, scales);
+        let blocks = out.as_chunks_mut::<BLOCK>().0.iter_mut();
+        for ((block, codes), &scale) in blocks.zip(codes.as_chunks::<{ BLOCK / 2 }>().0).zip(&*scales) {
+            widen_block(codes, &tables, scale, block);
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn widen_block(codes: &[u8; BLOCK / 2], tables: &[__m256i; 4], scale: f32, out: &mut [f32; BLOCK]) {
+    let scale = _mm256_set1_ps(scale);
+    // SAFETY: 32 bytes are read.
+    let [second, first] = nibbles(unsafe { _mm256_loadu_si256(codes.as_ptr().cast()) });
+    // In the order of the weights; the upper half of a register is 32 of them further on.
+    let parts = [_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)];
+    for (part, codes) in parts.into_iter().enumerate() {
+        let bytes = tables.map(|table| _mm256_shuffle_epi8(table, codes));
+        let low = [_mm256_unpacklo_epi8(bytes[0], bytes[1]), _mm256_unpackhi_epi8(bytes[0], bytes[1])];
+        let high = [_mm256_unpacklo_epi8(bytes[2], bytes[3]), _mm256_unpackhi_epi8(bytes[2], bytes[3])];
+        for half in 0..2 {
+            let levels =
+                [_mm256_unpacklo_epi16(low[half], high[half]), _mm256_unpackhi_epi16(low[half], high[half])];
+            for (i, levels) in levels.into_iter().enumerate() {
+                let values = _mm256_mul_ps(_mm256_castsi256_ps(levels), scale);
+                let place = 16 * part + 8 * half + 4 * i;
+                // SAFETY: place + 4 is at most 32, and the block has 64 elements.
+                unsafe {
+                    let to = out.as_mut_ptr().add(place);
+                    _mm_storeu_ps(to, _mm256_castps256_ps128(values));
+                    _mm_storeu_ps(to.add(BLOCK / 2), _mm256_extractf128_ps::<1>(values));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! NF4 with AVX2, in integers of 16 bits.
+//!
+//! AVX2 looks up bytes: two look-ups give a level in 16 bits, and four, with many more shuffles, one in f32. So the
+//! levels are taken as multiples of 1/32767, and each block of the vector as 16-bit multiples of a scale of its own.
+//! Products and the sums of a block are exact in 32 bits; blocks are added up in f32. A product of random
+//! vectors is off by some 4e-5 of its usual size (rounding the factors to bf16: 2e-3).
+
+use crate::nf4::avx2::{absmax, nibbles, table};
+use evalfw_engine::nf4::{BLOCK, LEVELS, Nf4Tensor};
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+
+/// What stands for a level of 1.
+const ONE: f32 = 32767.0;
+/// Lanes of sums in a register.
+const LANES: usize = 8;
+/// Words in a register.
+const WORDS: usize = 16;
+/// Registers of a block.
+const PARTS: usize = BLOCK / WORDS;
+/// What the sizes of the factors of one lane may add up to: times [`ONE`] they fit into 32 bits. Rounding adds half to
+/// each of its eight.
+const LARGEST_SUM: f32 = 65535.0 - 4.0;
+
+thread_local! {
+    /// Memory to work in.
+    static SCALES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A block of the vector, in the order in which the levels of its weights are looked up.
+#[repr(align(32))]
+struct Block([[i16; WORDS]; PARTS]);
+
+/// A vector of whole blocks.
+pub struct Blocks {
+    blocks: Vec<Block>,
+    /// Of each block: what 1 times a level of 1 stands for.
+    scales: Vec<f32>,
+}
+
+impl Blocks {
+    /// `None` where the vector does not consist of whole blocks or is not finite.
+    pub fn new(x: &[f32]) -> Option<Self> {
+        let (blocks, rest) = x.as_chunks::<BLOCK>();
+        if !rest.is_empty() || !x.iter().all(|v| v.is_finite()) {
+            return None;
+        }
+        let (blocks, scales) = blocks.iter().map(block).unzip();
+        Some(Self { blocks, scales })
+    }
+
+    /// Adds the products of the rows from `first`.
+    ///
+    /// # Safety
+    /// The CPU has AVX2 and FMA.
+    pub unsafe fn add_rows(&self, tensor: &Nf4Tensor, first: usize, out: &mut [f32]) {
+        // SAFETY: by the contract of this function.
+        SCALES.with_borrow_mut(|scales| unsafe { self.add_rows_with(tensor, first, scales, out) });
+    }
+
+    /// `scales` is memory to work in.
+    #[target_feature(enable = "avx2,fma")]
+    fn add_rows_with(&self, tensor: &Nf4Tensor, first: usize, scales: &mut Vec<f32>, out: &mut [f32]) {
+        let width = self.blocks.len();
+        scales.resize(out.len() * width, 0.0);
+        absmax(&tensor.scales, first * width, scales);
+        let (codes, _) = tensor.codes[first * width * (BLOCK / 2)..].as_chunks();
+        let levels = LEVELS.map(|level| (level * ONE).round() as i16);
+        let tables: [__m256i; 2] = std::array::from_fn(|i| table(|code| levels[code].to_le_bytes()[i]));
+        for ((out, scales), codes) in out.iter_mut().zip(scales.chunks_mut(width)).zip(codes.chunks(width)) {
+            for (scale, of_x) in scales.iter_mut().zip(&self.scales) {
+                *scale *= of_x;
+            }
+            *out += self.product(codes, scales, &tables);
+        }
+    }
+
+    /// With one row.
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn product(&self, codes: &[[u8; BLOCK / 2]], scales: &[f32], tables: &[__m256i; 2]) -> f32 {
+        let mut sum = _mm256_setzero_ps();
+        for ((codes, scale), x) in codes.iter().zip(scales).zip(&self.blocks) {
+            // SAFETY: a register has 32 bytes, and `x` is aligned.
+            let (codes, x) = unsafe {
+                let x: [__m256i; PARTS] = std::array::from_fn(|i| _mm256_load_si256(x.0[i].as_ptr().cast()));
+                (_mm256_loadu_si256(codes.as_ptr().cast()), x)
+            };
+            let mut products = [_mm256_setzero_si256(); 2];
+            for (half, codes) in nibbles(codes).into_iter().enumerate() {
+                let [low, high] = tables.map(|table| _mm256_shuffle_epi8(table, codes));
+                products[half] = _mm256_add_epi32(
+                    _mm256_madd_epi16(_mm256_unpacklo_epi8(low, high), x[2 * half]),
+                    _mm256_madd_epi16(_mm256_unpackhi_epi8(low, high), x[2 * half + 1]),
+                );
+            }
+            let products = _mm256_cvtepi32_ps(_mm256_add_epi32(products[0], products[1]));
+            sum = _mm256_fmadd_ps(products, _mm256_set1_ps(*scale), sum);
+        }
+        let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
+        let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+        _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))
+    }
+}
+
+/// Which weight of a block is word `word` of register `part`: those of the low nibbles, which are second in their
+/// bytes, come first; unpacking takes eight bytes of each half of a register.
+const fn place(part: usize, word: usize) -> usize {
+    let byte = word / 8 * 16 + part % 2 * 8 + word % 8;
+    2 * byte + 1 - part / 2
+}
+
+fn block(x: &[f32; BLOCK]) -> (Block, f32) {
+    let (mut largest, mut sums) = (0f32, [0f32; LANES]);
+    for part in 0..PARTS {
+        for word in 0..WORDS {
+            let size = x[place(part, word)].abs();
+            largest = largest.max(size);
+            sums[word / 2] += size;
+        }
+    }
+    let largest_sum = sums.into_iter().fold(0f32, f32::max);
+    let scale = (largest / f32::from(i16::MAX)).max(largest_sum / LARGEST_SUM);
+    if !scale.is_normal() {
+        // Nothing that the sum would show.
+        return (Block([[0; WORDS]; PARTS]), 0.0);
+    }
+    let words =
+        std::array::from_fn(|part| std::array::from_fn(|word| (x[place(part, word)] / scale).round() as i16));
+    (Block(words), scale / ONE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The largest distance from sums in f64, and what it may be: each factor of a term is off by a few steps of
+    /// 2⁻¹⁶ of the largest of its block, and errors of different terms have different signs.
+    fn distance(tensor: &Nf4Tensor, x: &[f32]) -> (f64, f64) {
+        let [height, width] = tensor.shape;
+        let mut out = vec![0.0; height];
+        // SAFETY: the callers have seen that the CPU has the instructions.
+        unsafe { Blocks::new(x).unwrap().add_rows(tensor, 0, &mut out) };
+        let largest: f64 = x.iter().map(|v| f64::from(v.abs())).fold(0.0, f64::max);
+        let mut most = 0f64;
+        let mut scale = 0f64;
+        for (out, row) in out.iter().zip(tensor.dequantize().chunks(width)) {
+            let exact: f64 = row.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+            most = most.max((f64::from(*out) - exact).abs());
+            scale = row.iter().fold(scale, |scale, w| scale.max(f64::from(w.abs())));
+        }
+        (most, 4e-4 * (width as f64).sqrt() * scale * largest)
+    }
+
+    fn is_there() -> bool {
+        let there = crate::level::Level::Avx2.is_there();
+        if !there {
+            eprintln!("left out: this CPU has no AVX2");
+        }
+        there
+    }
+
+    proptest! {
+        #[test]
+        fn products_agree_with_sums_in_f64(
+            blocks in 1usize..9, height in 1usize..20, exponent in -30i32..30, seed: u32,
+        ) {
+            if is_there() {
+                let width = blocks * BLOCK;
+                let wave = |i: usize, step: f32| ((i as f32 + seed as f32 * 1e-3) * step).sin();
+                let values: Vec<f32> = (0..height * width).map(|i| wave(i, 0.713)).collect();
+                let size = 2f32.powi(exponent);
+                let x: Vec<f32> = (0..width).map(|i| wave(i, 0.37).powi(3) * size).collect();
+                let (distance, tolerance) = distance(&Nf4Tensor::quantize([height, width], &values), &x);
+                prop_assert!(distance <= tolerance, "{distance} {tolerance}");
+            }
+        }
+    }
+
+    /// All of one sign and of the largest size: no sum overflows.
+    #[test]
+    fn the_largest_sums_fit() {
+        if !is_there() {
+            return;
+        }
+        for sign in [1.0, -1.0] {
+            let tensor = Nf4Tensor::quantize([3, 128], &[sign; 3 * 128]);
+            for x in [[1.0; 128], [f32::MAX / 256.0; 128], std::array::from_fn(|i| (i % 64 == 5).into())] {
+                let (distance, tolerance) = distance(&tensor, &x);
+                // All errors have one sign.
+                let tolerance = tolerance * (x.len() as f64).sqrt();
+                assert!(distance <= tolerance, "{distance} {tolerance}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_no_size_gives_zero_and_what_is_not_finite_no_integers() {
+        if !is_there() {
+            return;
+        }
+        let tensor = Nf4Tensor::quantize([1, 64], &[1.0; 64]);
+        for size in [0.0, f32::MIN_POSITIVE / 8.0] {
+            let mut out = [1.0];
+            // SAFETY: the CPU has the instructions.
+            unsafe { Blocks::new(&[size; 64]).unwrap().add_rows(&tensor, 0, &mut out) };
+            assert_eq!(out, [1.0]);
+        }
+        for bad in [f32::NAN, f32::INFINITY] {
+            assert!(Blocks::new(&[bad; 64]).is_none());
+        }
+        assert!(Blocks::new(&[1.0; 65]).is_none());
+    }
+
+    #[test]
+    fn each_weight_has_a_place() {
+        let mut places: Vec<_> =
+            (0..PARTS).flat_map(|part| (0..WORDS).map(move |word| place(part, word))).collect();
+        places.sort_unstable();
+        assert!(places.into_iter().eq(0..BLOCK));
+    }
+}
