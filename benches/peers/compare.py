@@ -209,7 +209,7 @@ def compare(args: argparse.Namespace, places: Places) -> Comparison:
     ]
     torch_python = str(python) if python else or_none("peft", Peft.jobs, prepare.reference_python)
     if torch_python is not None:
-        for name in args.peft:
+        for name in args.peft or usual_peft(args.device):
             dtype, kbit = PEFT_VARIANTS[name]
             contenders.append(Peft(name, dtype, kbit, settings, torch_python, checkpoint))
     if "infer" in settings.jobs:
@@ -223,6 +223,11 @@ def compare(args: argparse.Namespace, places: Places) -> Comparison:
     prepare.warm_page_cache(files)
     comparison.measure_all(contenders, torch_python)
     return comparison
+
+
+def usual_peft(device: str) -> tuple[str, ...]:
+    """In bf16 where the device multiplies it: a CPU that does not takes minutes for a step, and seconds in f32."""
+    return ("peft-bf16",) if device == "cuda" or machine.multiplies_bf16() else ("peft-f32",)
 
 
 def names(known: tuple[str, ...] | None = None) -> Callable[[str], tuple[str, ...]]:
@@ -266,7 +271,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     engines = "; on cuda ".join(",".join(by_device["engine"]) for by_device in DEFAULTS.values())
     add("--engine", type=names(), metavar="E,…", help=f"of evalfw [{engines}]")
     peft = tuple(PEFT_VARIANTS)
-    add("--peft", type=names(peft), default=peft[:1], metavar="P,…", help=f"of {', '.join(peft)} [{peft[0]}]")
+    add(
+        "--peft",
+        type=names(peft),
+        metavar="P,…",
+        help=f"of {', '.join(peft)} [peft-bf16; peft-f32 on a CPU without instructions for bf16]",
+    )
     add("--threads", type=count, default=machine.logical_cores(), help="[one for each logical core]")
     add(
         "--steps",

@@ -25,12 +25,30 @@ TELLING_FLAGS = (
 )
 
 
-def describe(gpu: Nvml | None = None) -> dict[str, object]:
+# Of these, the ones that stand for products of bf16.
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def cpuinfo() -> dict[str, str]:
+    """Of the first core."""
     fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
-    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    return fields
+
+
+def flags_of(fields: dict[str, str]) -> set[str]:
+    return set(fields.get("flags", fields.get("Features", "")).split())
+
+
+def multiplies_bf16() -> bool:
+    return bool(flags_of(cpuinfo()) & BF16_FLAGS)
+
+
+def describe(gpu: Nvml | None = None) -> dict[str, object]:
+    fields = cpuinfo()
+    flags = flags_of(fields)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": fields.get("model name", platform.machine()),
