@@ -4,8 +4,8 @@ use crate::attention::LayerCache;
 use crate::guard::guard;
 use crate::lora::{Lora, download};
 use crate::network::Network;
-use crate::pool::PoolWatch;
 use crate::optimizer::{self, AdamW};
+use crate::pool::PoolWatch;
 use crate::training;
 use crate::tune::Tuner;
 use evalfw_engine::batch::Batch;
@@ -38,6 +38,9 @@ struct Sequence {
 
 impl BurnModel {
     pub fn new(network: Network, pool: PoolWatch, tuner: Option<&'static Tuner>) -> Self {
+        if let Some(tuner) = tuner {
+            tuner.begin();
+        }
         Self { network, adapter: None, sequence: Sequence::default(), pool, tuner }
     }
 

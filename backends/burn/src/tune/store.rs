@@ -115,7 +115,8 @@ mod tests {
         store("NVIDIA H100", "Vulkan 1").write(found(8, Candidate::Gemm)).unwrap();
         assert_eq!(store("NVIDIA H100", "Vulkan 1").read(), found(8, Candidate::Gemm));
         // The last two have the same path.
-        for (name, driver) in [("NVIDIA L4", "Vulkan 1"), ("NVIDIA H100", "Vulkan 2"), ("NVIDIA-H100", "Vulkan 1")]
+        for (name, driver) in
+            [("NVIDIA L4", "Vulkan 1"), ("NVIDIA H100", "Vulkan 2"), ("NVIDIA-H100", "Vulkan 1")]
         {
             assert_eq!(store(name, driver).read(), BTreeMap::new(), "{name} {driver}");
         }
