@@ -217,27 +217,46 @@ mod candle {
 
 #[cfg(feature = "burn")]
 mod burn {
-    use evalfw_burn::{BurnDevice, Variant, open};
-    use evalfw_engine::{Engine, Result};
+    use crate::model::cache_dir;
+    use evalfw_burn::{Autotune, BurnDevice, Variant, When, open};
+    use evalfw_engine::{Engine, Error, Result};
+
+    /// `on` tunes on software adapters, too, `off` nowhere.
+    const AUTOTUNE_VARIABLE: &str = "EVALFW_AUTOTUNE";
+
+    fn autotune() -> Result<Autotune> {
+        let wish = std::env::var(AUTOTUNE_VARIABLE).unwrap_or_default();
+        let when = match wish.as_str() {
+            "" => When::Hardware,
+            "on" => When::Always,
+            "off" => When::Never,
+            _ => {
+                let message = format!("{AUTOTUNE_VARIABLE} is {wish:?}, but must be `on` or `off`");
+                return Err(Error::input(message));
+            }
+        };
+        // Without a cache folder it tunes each time.
+        Ok(Autotune { when, cache: cache_dir().ok() })
+    }
 
     pub fn wgpu() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Wgpu, Variant::Tuned)
+        open(BurnDevice::Wgpu, Variant::Tuned, &autotune()?)
     }
 
     pub fn flex() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Flex, Variant::Tuned)
+        open(BurnDevice::Flex, Variant::Tuned, &Autotune::default())
     }
 
     pub fn flex_bf16() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Flex, Variant::TunedBf16)
+        open(BurnDevice::Flex, Variant::TunedBf16, &Autotune::default())
     }
 
     pub fn wgpu_stock() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Wgpu, Variant::Stock)
+        open(BurnDevice::Wgpu, Variant::Stock, &autotune()?)
     }
 
     pub fn flex_stock() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Flex, Variant::Stock)
+        open(BurnDevice::Flex, Variant::Stock, &Autotune::default())
     }
 }
 

@@ -7,7 +7,7 @@ use crate::measure::host::Environment;
 use crate::measure::memory::{MemoryPoint, PhaseMemory};
 use crate::scenario::Scenario;
 use anyhow::{Context, Result, bail};
-use evalfw_engine::protocol::{DeviceInfo, DeviceMemory, LoadTimes, Quantization};
+use evalfw_engine::protocol::{DeviceInfo, DeviceMemory, LoadTimes, Quantization, Tuning};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -45,7 +45,7 @@ pub struct CellRecord {
     /// RFC 3339, UTC.
     pub started_at: String,
     pub wall_seconds: f64,
-    /// Largest memory of the worker's process tree over all phases.
+    /// Largest memory of the worker's process tree over all phases but that of tuning.
     pub peak_memory_bytes: Option<u64>,
     /// Train: non-padding tokens per second of the median step. Infer: decoded tokens per second.
     pub tokens_per_second: Option<f64>,
@@ -124,6 +124,9 @@ pub struct Samples {
     pub memory: Vec<MemoryPoint>,
     /// The framework's own figures, at the end of the last phase.
     pub device_memory: Option<DeviceMemory>,
+    /// What the engine measured to choose its kernels, outside of all other samples; `None` if it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<Tuning>,
     /// What the cell showed the engine to do.
     pub probes: Vec<Probe>,
 }

@@ -150,7 +150,11 @@ impl Footprint {
         if !Self::is_of_device(cell) {
             let unified =
                 cell.device.as_ref().is_some_and(|d| d.kind == DeviceKind::UnifiedGpu && !d.software);
-            let on_gpu = cell.samples.device_memory.and_then(|m| m.reserved_bytes).filter(|_| unified);
+            let on_gpu = cell
+                .samples
+                .device_memory
+                .filter(|_| unified)
+                .and_then(|m| m.peak_bytes.max(m.reserved_bytes));
             return match (cell.peak_memory_bytes, on_gpu) {
                 // A GPU's private buffers may be missing from the resident size.
                 (Some(resident), Some(on_gpu)) => Self::AtLeast { bytes: resident.max(on_gpu) },

@@ -51,7 +51,6 @@ fn features() -> Vec<String> {
         ("burn", cfg!(feature = "burn")),
         ("cuda", cfg!(feature = "cuda")),
         ("metal", cfg!(feature = "metal")),
-        ("autotune", cfg!(feature = "autotune")),
     ];
     all.iter().filter(|(_, on)| *on).map(|(name, _)| name.to_string()).collect()
 }

@@ -66,9 +66,12 @@ pub fn evaluation_curve(samples: &Samples) -> impl Iterator<Item = (TimeToTarget
     })
 }
 
-/// Largest memory over all phases.
+/// The phase in which an engine measures its kernels.
+pub const TUNE_PHASE: &str = "tune";
+
+/// Largest memory over all phases but that of tuning, which is no part of the job.
 pub fn peak_memory(samples: &Samples) -> Option<u64> {
-    samples.phases.iter().map(|p| p.peak_bytes).max()
+    samples.phases.iter().filter(|p| p.name != TUNE_PHASE).map(|p| p.peak_bytes).max()
 }
 
 #[cfg(test)]

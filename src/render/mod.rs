@@ -4,6 +4,7 @@
 mod charts;
 mod facts;
 mod format;
+mod pools;
 mod prose;
 mod quality;
 pub mod report;
@@ -12,3 +13,4 @@ mod tables;
 pub mod terminal;
 mod trace;
 mod troubles;
+mod tuning;

@@ -8,6 +8,7 @@ use super::quality::{QualityRow, quality_rows};
 use super::tables::ModelTables;
 use super::trace::{Lines, TraceRow, record_file, rows};
 use super::troubles::{Trouble, troubles};
+use super::tuning::{TuningRow, tuning_rows};
 use crate::decide::criteria::Criteria;
 use crate::decide::jobs::{Job, arrange, compared, models};
 use crate::decide::{Decision, decide};
@@ -36,6 +37,8 @@ pub struct Findings {
     pub software: Vec<ModelTables>,
     /// Time to quality, of all engines.
     pub quality: Vec<QualityRow>,
+    /// What the choice of kernels took, of all engines that make one.
+    pub tuning: Vec<TuningRow>,
     pub troubles: Vec<Trouble>,
     pub trace: Vec<TraceRow>,
 }
@@ -124,6 +127,7 @@ impl Findings {
             models: tables(false),
             software: tables(true),
             quality: quality_rows(&all, cells, lines),
+            tuning: tuning_rows(&all, lines),
             troubles: troubles(&all, lines),
             trace: rows(cells, lines),
             decision,

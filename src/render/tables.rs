@@ -1,5 +1,6 @@
 //! The measured figures of one model, as rows.
 
+use super::pools::{PoolRow, pool_rows};
 use super::stock::{StockRow, stock_rows};
 use super::trace::{CellRef, Lines};
 use crate::decide::figures::{Footprint, InferFigures, LoadFigures, TrainFigures};
@@ -10,7 +11,7 @@ use evalfw_engine::protocol::Quantization;
 use serde::Serialize;
 
 /// The order in which phases come; others follow as they appear.
-const PHASES: &[&str] = &["start", "load", "attach", "train", "evaluate", "prefill", "decode"];
+const PHASES: &[&str] = &["start", "load", "attach", "tune", "train", "evaluate", "prefill", "decode"];
 
 /// All tables of one model.
 #[derive(Debug, Clone, Serialize)]
@@ -18,6 +19,7 @@ pub struct ModelTables {
     pub model: ModelRecord,
     pub verdicts: Vec<VerdictRow>,
     pub phases: Vec<PhaseTable>,
+    pub pools: Vec<PoolRow>,
     pub load: Vec<LoadRow>,
     pub train: Vec<TrainRow>,
     pub losses: Vec<LossRow>,
@@ -36,6 +38,7 @@ impl ModelTables {
                 .iter()
                 .filter_map(|k| PhaseTable::of(k, jobs, lines))
                 .collect(),
+            pools: pool_rows(jobs, lines),
             load: load_rows(jobs, lines),
             train: jobs.iter().filter_map(|j| TrainRow::of(j, lines)).collect(),
             losses: jobs.iter().filter_map(|j| LossRow::of(j, lines)).collect(),

@@ -56,8 +56,14 @@ impl Executor for WorkerExecutor {
             }
             Ok(client) => {
                 let memory = MemoryProbe::start(client.pid());
-                let mut session =
-                    Session { client, memory, samples: Samples::default(), during: String::new(), progress };
+                let mut session = Session {
+                    client,
+                    memory,
+                    samples: Samples::default(),
+                    during: String::new(),
+                    progress,
+                    tunes: false,
+                };
                 let result = session.run(cell, inputs, &mut execution.info);
                 let stderr_tail = session.client.stderr_tail();
                 (session.samples.phases, session.samples.memory) = session.memory.finish();
@@ -85,6 +91,8 @@ pub struct Session<'a> {
     /// What is being done, for the error of a failure.
     during: String,
     progress: &'a Progress,
+    /// Whether the engine chooses kernels by measuring.
+    pub tunes: bool,
 }
 
 impl Session<'_> {
@@ -95,7 +103,9 @@ impl Session<'_> {
         info: &mut Option<EngineInfo>,
     ) -> Result<(), Failure> {
         self.during = "hello".into();
-        *info = Some(self.client.hello()?);
+        let answer = self.client.hello()?;
+        self.tunes = answer.tunes;
+        *info = Some(answer);
         scenarios::run(self, cell, inputs)
     }
 

@@ -6,10 +6,11 @@ use crate::data::chat::{TokenizedExample, read_tokenizer, tokenize};
 use crate::data::dataset::Dataset;
 use crate::scenario::{Scenario, TrainScenario};
 use anyhow::{Context, Result, bail};
-use evalfw_engine::batch::write_batches;
+use evalfw_engine::batch::{Batch, write_batches};
 use evalfw_engine::checkpoint::Checkpoint;
 use evalfw_engine::config::ModelConfig;
-use std::collections::BTreeMap;
+use evalfw_engine::protocol::BatchRef;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -37,6 +38,24 @@ pub struct TrainInputs {
     /// Lines of `validation_file`.
     pub validation: usize,
     pub adapter: PathBuf,
+}
+
+impl TrainInputs {
+    /// All validation batches; `None` if there are none.
+    pub fn validation_batches(&self) -> Option<BatchRef> {
+        let lines: Vec<usize> = (0..self.validation).collect();
+        (!lines.is_empty()).then(|| BatchRef { file: self.validation_file.clone(), lines })
+    }
+
+    /// Lines of the training file, one for each size that its batches have: their slots, and their positions with a
+    /// loss to a power of two.
+    pub fn one_of_each_size(&self) -> Vec<usize> {
+        let size = |batch: &Batch| (batch.slot_tokens(), batch.trained_tokens().next_power_of_two());
+        let mut seen = BTreeSet::new();
+        let trains = |(_, prepared): &(usize, &PreparedBatch)| prepared.batch.trained_tokens() > 0;
+        let lines = self.train.iter().enumerate().filter(trains);
+        lines.filter(|(_, prepared)| seen.insert(size(&prepared.batch))).map(|(line, _)| line).collect()
+    }
 }
 
 /// Whether the checkpoint's files are known to be in memory when they are loaded.

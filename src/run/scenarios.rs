@@ -2,13 +2,15 @@
 
 use super::cell::Session;
 use super::inputs::{ModelInputs, TrainInputs};
+use crate::measure::metrics::TUNE_PHASE;
 use crate::plan::Cell;
 use crate::record::{DecodeSample, EvaluationSample, LoadSample, PrefillSample, Probe, TrainSample};
 use crate::scenario::{InferScenario, QualityScenario, Scenario, TrainScenario};
 use crate::worker::Failure;
 use evalfw_engine::lora::{Adapter, Target};
 use evalfw_engine::protocol::{
-    AttachAdapter, BatchRef, Decode, Evaluate, Load, Memory, Prefill, Quantization, SaveAdapter, TrainStep,
+    AttachAdapter, BatchRef, Decode, Evaluate, Generate, Load, Memory, Prefill, Quantization, SaveAdapter,
+    TrainStep, Tune,
 };
 use std::ops::Range;
 
@@ -21,6 +23,8 @@ pub fn run(session: &mut Session<'_>, cell: &Cell, inputs: &ModelInputs) -> Resu
     }
     let memory = session.call("memory", Memory {})?;
     session.samples.device_memory = Some(memory);
+    // Of all that was timed as well: what came too late to be measured is in it.
+    tune(session, Tune::default)?;
     Ok(())
 }
 
@@ -55,6 +59,11 @@ fn train(session: &mut Session<'_>, cell: &Cell, inputs: &ModelInputs) -> Result
     session.phase("attach");
     let training = scenario.training();
     session.call("attach adapter", AttachAdapter { adapter: files.adapter.clone(), training })?;
+    tune(session, || Tune {
+        train: Some(BatchRef { file: files.train_file.clone(), lines: files.one_of_each_size() }),
+        evaluate: files.validation_batches(),
+        generate: None,
+    })?;
     let untrained = evaluate(session, files, 0)?;
     match &cell.scenario {
         // There is nothing to train for, and no gradient to check.
@@ -68,6 +77,16 @@ fn train(session: &mut Session<'_>, cell: &Cell, inputs: &ModelInputs) -> Result
     check_gradients(session, scenario)?;
     session.phase("save");
     check_saved_adapter(session, inputs)
+}
+
+/// Lets an engine that tunes measure its kernels on `work`, before any of it is timed.
+fn tune(session: &mut Session<'_>, work: impl FnOnce() -> Tune) -> Result<(), Failure> {
+    if session.tunes {
+        session.phase(TUNE_PHASE);
+        let figures = session.call("tune", work())?;
+        session.samples.tuning = Some(figures);
+    }
+    Ok(())
 }
 
 /// Trains until the evaluation loss is at the target, or the limit of steps is. Not to get there is a
@@ -130,11 +149,8 @@ fn evaluate(
     files: &TrainInputs,
     after_steps: u64,
 ) -> Result<Option<f64>, Failure> {
-    if files.validation == 0 {
-        return Ok(None);
-    }
+    let Some(batches) = files.validation_batches() else { return Ok(None) };
     session.phase("evaluate");
-    let batches = BatchRef { file: files.validation_file.clone(), lines: (0..files.validation).collect() };
     let report = session.call("evaluate", Evaluate { batches })?;
     session.samples.evaluations.push(EvaluationSample {
         after_steps,
@@ -189,6 +205,10 @@ fn infer(
     inputs: &ModelInputs,
 ) -> Result<(), Failure> {
     let prompt = inputs.prompt(scenario.prompt_tokens, seed);
+    tune(session, || Tune {
+        generate: Some(Generate { prompt: prompt.clone(), steps: scenario.generate_tokens }),
+        ..Tune::default()
+    })?;
     let rounds = scenario.warmup + scenario.repeats;
     for round in 0..rounds {
         let warmup = round < scenario.warmup;

@@ -1,5 +1,6 @@
 //! From a record to a decision and to the report that people read.
 
 mod decision;
+mod device;
 mod records;
 mod rendering;

@@ -3,6 +3,7 @@
 use crate::BurnDevice;
 use crate::device::OpenDevice;
 use crate::fused;
+use crate::product::product;
 use crate::rope::Rotation;
 use burn::tensor::activation;
 use burn::tensor::{Bool, Tensor};
@@ -103,7 +104,7 @@ pub fn attend(
         None => (key, value, repeatable_softmax),
     };
 
-    let scores: Tensor<3> = query.matmul(key.swap_dims(1, 2));
+    let scores: Tensor<3> = product(query, key.swap_dims(1, 2));
     let [products, rows, seen] = scores.dims();
     let scores = scores.reshape([products, heads.group(), positions, seen]);
     let scores = match &pass.mask {
@@ -113,7 +114,7 @@ pub fn attend(
         None => scores,
     };
     let weights = softmax(scores).reshape([products, rows, seen]);
-    let mixed = weights.matmul(value).reshape([batch, query_heads, positions, dim]);
+    let mixed = product(weights, value).reshape([batch, query_heads, positions, dim]);
     mixed.swap_dims(1, 2).reshape([batch * positions, query_heads * dim])
 }
 

@@ -5,7 +5,7 @@ use crate::guard::guard;
 use burn::tensor::Device;
 use burn::tensor::wgpu::WgpuInitError;
 use burn_wgpu::{WgpuBackend, WgpuSetup, wgpu};
-use evalfw_engine::protocol::{DeviceInfo, DeviceKind, DeviceMemory};
+use evalfw_engine::protocol::{DeviceInfo, DeviceKind};
 use evalfw_engine::{Error, Result};
 use evalfw_kernels::Products;
 use std::sync::Mutex;
@@ -61,17 +61,6 @@ fn wgpu() -> Result<OpenDevice> {
         products: Products::F32,
     };
     Ok(opened.insert(device).clone())
-}
-
-/// The figures of the device's allocator.
-pub fn memory(device: &Device) -> DeviceMemory {
-    let usage = guard(|| Ok(device.memory_pool_usage())).ok().flatten();
-    DeviceMemory {
-        in_use_bytes: usage.as_ref().map(|usage| usage.bytes_in_use),
-        reserved_bytes: usage.as_ref().map(|usage| usage.bytes_reserved),
-        // The pools tell their own peaks only, which need not have been at one time.
-        peak_bytes: None,
-    }
 }
 
 /// Named, so that a machine without its driver is an error and not a slow way round through OpenGL.

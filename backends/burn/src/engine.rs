@@ -4,8 +4,10 @@ use crate::device::OpenDevice;
 use crate::guard::guard;
 use crate::model::BurnModel;
 use crate::network::Network;
+use crate::pool::PoolWatch;
 use crate::self_check;
 use crate::stock::{self, StockModel};
+use crate::tune::{Autotune, Tuner};
 use crate::{BurnDevice, Variant};
 use evalfw_engine::protocol::{EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::WeightLoader;
@@ -19,19 +21,29 @@ pub struct BurnEngine {
     variant: Variant,
     /// What the self-check of the tuned form said. It runs before any clock does; a device that failed still has a name.
     checked: Result<()>,
+    tuner: Option<&'static Tuner>,
 }
 
 impl BurnEngine {
-    pub fn open(device: BurnDevice, variant: Variant, products: Products) -> Result<Self> {
+    pub fn open(
+        device: BurnDevice,
+        variant: Variant,
+        products: Products,
+        autotune: &Autotune,
+    ) -> Result<Self> {
         if device == BurnDevice::Flex && variant != Variant::Stock {
             keep_freed_memory();
         }
         let device = OpenDevice::open(device, products)?;
+        let tuner = match (device.kind, variant) {
+            (BurnDevice::Flex, _) | (_, Variant::Stock) => None,
+            (BurnDevice::Wgpu, _) => Tuner::install(autotune, &device.info),
+        };
         let checked = match variant {
             Variant::Stock => Ok(()),
             Variant::Tuned | Variant::TunedBf16 => self_check::once(&device),
         };
-        Ok(Self { device, variant, checked })
+        Ok(Self { device, variant, checked, tuner })
     }
 
     /// Loads with nothing but what Burn ships.
@@ -61,13 +73,14 @@ impl Engine for BurnEngine {
                 Products::Bf16 => "bf16 products",
             }
             .into(),
-            features: features(self.device.kind, self.variant),
+            features: features(self.device.kind, self.variant, self.tuner.is_some()),
             quantizations: match self.variant {
                 Variant::Stock => stock::quantizations(),
                 Variant::Tuned | Variant::TunedBf16 => Quantization::usual(),
             },
             native_4_bits_throughout: self.variant == Variant::Stock,
             threads: rayon::current_num_threads(),
+            tunes: self.tuner.is_some(),
         }
     }
 
@@ -81,16 +94,17 @@ impl Engine for BurnEngine {
         }
         self.checked.clone()?;
         guard(|| {
+            let pool = PoolWatch::start(&self.device.device);
             let network = Network::load(loader, &self.device)?;
-            Ok(Box::new(BurnModel::new(network)) as LoadedModel)
+            Ok(Box::new(BurnModel::new(network, pool, self.tuner)) as LoadedModel)
         })
     }
 }
 
-/// The features that matter on the device and are compiled in.
-fn features(device: BurnDevice, variant: Variant) -> Vec<String> {
+/// The switches that matter on the device and are on.
+fn features(device: BurnDevice, variant: Variant, tunes: bool) -> Vec<String> {
     let known = match device {
-        BurnDevice::Wgpu => vec![("autotune", cfg!(feature = "autotune"))],
+        BurnDevice::Wgpu => vec![("autotune", tunes)],
         BurnDevice::Flex => {
             vec![(level().name(), variant != Variant::Stock), ("x86-v4", cfg!(feature = "x86-v4"))]
         }

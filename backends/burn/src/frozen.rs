@@ -3,6 +3,7 @@
 use crate::BurnDevice;
 use crate::device::OpenDevice;
 use crate::packed::{HostMatrix, Packed, PackedOps, ROW_ALIGNMENT, Storage};
+use crate::product::product;
 use burn::backend::Dispatch;
 use burn::tensor::{Device, Tensor, TensorData};
 use evalfw_engine::nf4::Nf4Tensor;
@@ -68,7 +69,7 @@ impl FrozenMatrix {
     /// `x [n, in] · Wᵀ`, which is `[n, out]`; differentiable in `x`.
     pub fn matmul(&self, x: Tensor<2>) -> Tensor<2> {
         match self {
-            Self::Dense(weight) => x.matmul(weight.clone().transpose()),
+            Self::Dense(weight) => product(x, weight.clone().transpose()),
             Self::Packed(weight) => {
                 Tensor::from_dispatch(Dispatch::packed_matmul(x.into_dispatch(), weight.clone()))
             }
@@ -86,7 +87,7 @@ impl FrozenMatrix {
     /// `y [n, out] · W`, which is `[n, in]`; differentiable in `y`.
     pub fn matmul_transposed(&self, y: Tensor<2>) -> Tensor<2> {
         match self {
-            Self::Dense(weight) => y.matmul(weight.clone()),
+            Self::Dense(weight) => product(y, weight.clone()),
             Self::Packed(weight) => {
                 Tensor::from_dispatch(Dispatch::packed_matmul_transposed(y.into_dispatch(), weight.clone()))
             }

@@ -4,7 +4,10 @@
 //! | module | idea |
 //! |---|---|
 //! | `device` | opens a device and says what it is |
-//! | `packed` | frozen matrices in few bits, decoded for one product at a time: burn's extension mechanism |
+//! | `pool` | what a GPU's memory pools hold, and the most that they held |
+//! | `tune` | chooses a GPU's kernels for products by measuring |
+//! | `product` | products by these kernels: burn's extension mechanism |
+//! | `packed` | frozen matrices in few bits, decoded for one product at a time |
 //! | `frozen` | a frozen matrix, dense or packed; the rest of the engine knows no difference |
 //! | `fused` | operations of a block by one kernel each, on flex |
 //! | `lora`, `dropout` | the trainable factors, and the masks on their input |
@@ -33,10 +36,15 @@ mod network;
 mod norm;
 mod optimizer;
 mod packed;
+mod pool;
+mod product;
 mod rope;
 mod self_check;
 mod stock;
 mod training;
+mod tune;
+
+pub use tune::{Autotune, When};
 
 use evalfw_engine::{Engine, Error, Result};
 use evalfw_kernels::Products;
@@ -63,8 +71,9 @@ pub enum Variant {
 }
 
 /// Opens a device. Fails with [`Error::Unavailable`] where there is no such device, no driver for it, or no
-/// instruction for the variant.
-pub fn open(device: BurnDevice, variant: Variant) -> Result<Box<dyn Engine>> {
+/// instruction for the variant. Of the forms on a GPU, all but the stock one tune as `autotune` says; what the first call
+/// in a process says holds for all.
+pub fn open(device: BurnDevice, variant: Variant, autotune: &Autotune) -> Result<Box<dyn Engine>> {
     let products = match (variant, device) {
         (Variant::Tuned | Variant::Stock, _) => Products::F32,
         (Variant::TunedBf16, BurnDevice::Flex) => {
@@ -75,7 +84,7 @@ pub fn open(device: BurnDevice, variant: Variant) -> Result<Box<dyn Engine>> {
             return Err(unavailable(device, "WGSL has no bf16"));
         }
     };
-    Ok(Box::new(engine::BurnEngine::open(device, variant, products)?))
+    Ok(Box::new(engine::BurnEngine::open(device, variant, products, autotune)?))
 }
 
 fn unavailable(device: BurnDevice, reason: &str) -> Error {

@@ -5,6 +5,7 @@ use crate::frozen::FrozenMatrix;
 use crate::fused::{self, Projection};
 use crate::guard::read;
 use crate::kept::Kept;
+use crate::product::product;
 use burn::tensor::{Device, Tensor, TensorData};
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::{Adapter, AdapterTensors, LoraConfig, LoraPair, Target};
@@ -142,6 +143,6 @@ impl<'a> LoraLayer<'a> {
             Some(dropout) => dropout.apply(x, self.layer, target),
             None => x,
         };
-        (x.matmul(a.transpose()) * self.scale).matmul(b.transpose())
+        product(product(x, a.transpose()) * self.scale, b.transpose())
     }
 }

@@ -1,15 +1,16 @@
 //! A loaded model, as the contract wants it.
 
 use crate::attention::LayerCache;
-use crate::device;
 use crate::guard::guard;
 use crate::lora::{Lora, download};
 use crate::network::Network;
 use crate::optimizer::{self, AdamW};
+use crate::pool::PoolWatch;
 use crate::training;
+use crate::tune::Tuner;
 use evalfw_engine::batch::Batch;
 use evalfw_engine::lora::{Adapter, AdapterTensors};
-use evalfw_engine::protocol::{DeviceMemory, TrainingConfig};
+use evalfw_engine::protocol::{DeviceMemory, TrainingConfig, Tuning};
 use evalfw_engine::{Error, Evaluation, Model, Result, StepInput, StepResult};
 use evalfw_kernels::team;
 
@@ -18,6 +19,8 @@ pub struct BurnModel {
     adapter: Option<Trained>,
     /// The sequence that is being generated.
     sequence: Sequence,
+    pool: PoolWatch,
+    tuner: Option<&'static Tuner>,
 }
 
 /// An adapter with what its training needs.
@@ -34,8 +37,11 @@ struct Sequence {
 }
 
 impl BurnModel {
-    pub fn new(network: Network) -> Self {
-        Self { network, adapter: None, sequence: Sequence::default() }
+    pub fn new(network: Network, pool: PoolWatch, tuner: Option<&'static Tuner>) -> Self {
+        if let Some(tuner) = tuner {
+            tuner.begin();
+        }
+        Self { network, adapter: None, sequence: Sequence::default(), pool, tuner }
     }
 
     fn lora(&self) -> Option<&Lora> {
@@ -48,7 +54,7 @@ impl BurnModel {
 
     /// Appends tokens to the sequence and returns the most likely next one.
     fn append(&mut self, tokens: &[u32]) -> Result<u32> {
-        let Self { network, adapter, sequence } = self;
+        let Self { network, adapter, sequence, .. } = self;
         let lora = adapter.as_ref().map(|adapter| &adapter.lora);
         let pass = network.pass(1, sequence.length, tokens.len());
         let hidden = network.forward(tokens, &pass, lora, Some(&mut sequence.caches));
@@ -125,12 +131,26 @@ impl Model for BurnModel {
         guard(|| download(&self.trained()?.lora.factors))
     }
 
+    fn tune(&mut self, measure: bool) {
+        let Some(tuner) = self.tuner else { return };
+        tuner.measure(measure);
+        if !measure {
+            // What was measured needed memory of its own.
+            self.sequence = Sequence::default();
+            self.pool.clean_up();
+        }
+    }
+
+    fn tuning(&self) -> Tuning {
+        self.tuner.map(Tuner::figures).unwrap_or_default()
+    }
+
     fn synchronize(&mut self) -> Result<()> {
         guard(|| self.network.device.sync().map_err(Error::framework))
     }
 
     fn memory(&self) -> DeviceMemory {
-        device::memory(&self.network.device)
+        self.pool.memory()
     }
 }
 

@@ -72,6 +72,7 @@ impl Engine for CandleEngine {
             quantizations: vec![Quantization::None, Quantization::Nf4, Quantization::Native],
             native_4_bits_throughout: false,
             threads: rayon::current_num_threads(),
+            tunes: false,
         }
     }
 

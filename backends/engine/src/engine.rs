@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::batch::Batch;
 use crate::lora::{Adapter, AdapterTensors};
-use crate::protocol::{DeviceMemory, EngineInfo, TrainingConfig};
+use crate::protocol::{DeviceMemory, EngineInfo, TrainingConfig, Tuning};
 use crate::weights::WeightLoader;
 
 /// A framework on an opened device.
@@ -48,6 +48,15 @@ pub trait Model {
 
     /// The adapter's current weights.
     fn adapter(&mut self) -> Result<AdapterTensors>;
+
+    /// Lets the engine measure kernels in what follows, or ends that. At first it may not: what is timed has nothing
+    /// of it in it. For engines whose [`EngineInfo::tunes`] is set.
+    fn tune(&mut self, _measure: bool) {}
+
+    /// What was measured so far.
+    fn tuning(&self) -> Tuning {
+        Tuning::default()
+    }
 
     /// Waits until the device has finished all work given to it.
     fn synchronize(&mut self) -> Result<()>;

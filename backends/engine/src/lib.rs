@@ -22,6 +22,7 @@ mod peft_config;
 pub mod protocol;
 pub mod rope;
 pub mod serve;
+mod tuning;
 pub mod weights;
 
 pub use engine::{Engine, Evaluation, LoadedModel, Model, StepInput, StepResult};

@@ -1,6 +1,7 @@
 //! The messages between the harness and a worker: one JSON object a line, a request and its reply in
 //! turn. Bulk data goes by file; a message carries the path.
 
+pub use crate::tuning::{Generate, Tune, Tuning};
 use crate::{Error, Result};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,7 @@ pub enum Call {
     Hello(Hello),
     Load(Load),
     AttachAdapter(AttachAdapter),
+    Tune(Tune),
     TrainStep(TrainStep),
     Gradients(Gradients),
     Evaluate(Evaluate),
@@ -65,6 +67,7 @@ calls! {
     Hello -> EngineInfo;
     Load -> Loaded;
     AttachAdapter -> AdapterAttached;
+    Tune -> Tuning;
     TrainStep -> StepReport;
     Gradients -> StepReport;
     Evaluate -> EvaluationReport;
@@ -95,7 +98,7 @@ pub struct EngineInfo {
     pub device: DeviceInfo,
     /// The type in which activations are computed, e.g. `f32`.
     pub compute_dtype: String,
-    /// Compile-time switches that change speed, e.g. `x86-v4`, `autotune`.
+    /// Switches that change speed, e.g. `x86-v4`, `autotune`.
     pub features: Vec<String>,
     /// The forms of the base that the engine can load.
     #[serde(default = "Quantization::usual")]
@@ -104,6 +107,9 @@ pub struct EngineInfo {
     #[serde(default)]
     pub native_4_bits_throughout: bool,
     pub threads: usize,
+    /// Chooses kernels by measuring, and wants to do so before anything is timed.
+    #[serde(default)]
+    pub tunes: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -351,8 +357,9 @@ pub struct DeviceMemory {
     pub in_use_bytes: Option<u64>,
     /// Bytes taken from the device, free pool pages included.
     pub reserved_bytes: Option<u64>,
-    /// The most bytes of the device that were taken while the process ran; where a framework cannot tell its
-    /// own share, what other processes hold is in it.
+    /// The most bytes of the device that were taken while the process ran, tuning left out; where a framework
+    /// cannot tell its own share, what other processes hold is in it, and where it knows no peak, `reserved_bytes`
+    /// was sampled.
     #[serde(default)]
     pub peak_bytes: Option<u64>,
 }

@@ -88,6 +88,8 @@ enum State<'a> {
 
 struct Session {
     model: LoadedModel,
+    /// Whether the engine chooses kernels by measuring.
+    tunes: bool,
     config: ModelConfig,
     base_model: PathBuf,
     adapter: Option<LoraConfig>,
@@ -105,9 +107,10 @@ impl<'a> Worker<'a> {
                 let batches = self.batches(&call.batches)?;
                 reply(self.session()?.train_step(&call, &batches))
             }
+            Call::Tune(call) => reply(self.tune(&call)),
             Call::Gradients(call) => {
                 let batches = self.batches(&call.batches)?;
-                reply(self.session()?.gradients(&call, &batches))
+                reply(self.session()?.tuning(|session| session.gradients(&call, &batches)))
             }
             Call::Evaluate(call) => {
                 let batches = self.batches(&call.batches)?;
@@ -115,7 +118,7 @@ impl<'a> Worker<'a> {
             }
             Call::Prefill(call) => reply(self.session()?.prefill(&call)),
             Call::Decode(call) => reply(self.session()?.decode(&call)),
-            Call::Logits(call) => reply(self.session()?.logits(&call)),
+            Call::Logits(call) => reply(self.session()?.tuning(|session| session.logits(&call))),
             Call::SaveAdapter(call) => reply(self.session()?.save_adapter(&call)),
             Call::Memory(_) => reply(Ok(self.session()?.model.memory())),
             Call::Bye(_) => reply(Ok(Done {})),
@@ -147,6 +150,7 @@ impl<'a> Worker<'a> {
         let checkpoint = Checkpoint::open(&call.model)?;
         times.read_seconds = start.elapsed().as_secs_f64();
         let loader = WeightLoader::new(&checkpoint, call.quantization, &mut times);
+        let tunes = engine.info().tunes;
         let mut model = engine.load(loader)?;
         model.synchronize()?;
         times.total_seconds = start.elapsed().as_secs_f64();
@@ -158,12 +162,27 @@ impl<'a> Worker<'a> {
         };
         self.state = State::Loaded(Session {
             model,
+            tunes,
             config: checkpoint.config,
             base_model: call.model.clone(),
             adapter: None,
             position: 0,
         });
         Ok(loaded)
+    }
+
+    fn tune(&mut self, call: &Tune) -> Result<Tuning> {
+        let mut batches = |wanted: &Option<BatchRef>| match wanted {
+            Some(wanted) => self.batches(wanted),
+            None => Ok(Vec::new()),
+        };
+        let (train, evaluate) = (batches(&call.train)?, batches(&call.evaluate)?);
+        let session = self.session()?;
+        let has_work = !train.is_empty() || !evaluate.is_empty() || call.generate.is_some();
+        if session.tunes && has_work {
+            session.tuning(|session| session.warm_up(&train, &evaluate, call.generate.as_ref()))?;
+        }
+        Ok(session.model.tuning())
     }
 
     fn session(&mut self) -> Result<&mut Session> {
@@ -227,6 +246,34 @@ impl Session {
         let report = step_report(result, start)?;
         write_tensors(&call.output, &gradients, r)?;
         Ok(report)
+    }
+
+    /// Runs what is not timed, so that an engine may measure in it.
+    fn tuning<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        if !self.tunes {
+            return work(self);
+        }
+        self.model.tune(true);
+        let outcome = work(self);
+        self.model.tune(false);
+        outcome
+    }
+
+    /// The same products as in what is timed, with no update.
+    fn warm_up(&mut self, train: &[Batch], evaluate: &[Batch], generate: Option<&Generate>) -> Result<()> {
+        for batch in train {
+            self.lora()?;
+            let input = StepInput { step: 0, dropout_seed: 0, micro_batches: std::slice::from_ref(batch) };
+            self.model.gradients(&input)?;
+        }
+        if !evaluate.is_empty() {
+            self.model.evaluate(evaluate)?;
+        }
+        if let Some(Generate { prompt, steps }) = generate {
+            let first = self.prefill(&Prefill { tokens: prompt.clone() })?.next;
+            self.decode(&Decode { first, steps: *steps })?;
+        }
+        self.model.synchronize()
     }
 
     fn evaluate(&mut self, batches: &[Batch]) -> Result<EvaluationReport> {

@@ -9,6 +9,7 @@ mod host;
 
 pub use host::{HostMatrix, values};
 
+use crate::product::ProductOps;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
@@ -66,7 +67,7 @@ pub trait PackedOps: Backend {
 }
 
 /// What a backend has to bring for the products by decoding.
-trait Decode: Backend {
+trait Decode: ProductOps {
     /// The `rows` of the stored matrix as f32, `[rows, columns]`.
     fn decode(weight: &Packed<Self>, rows: Range<usize>, device: &Self::Device) -> FloatTensor<Self>;
 }
@@ -80,7 +81,7 @@ fn pieces<B: Decode>(weight: &Packed<B>) -> impl Iterator<Item = Range<usize>> +
 fn matmul_by_decoding<B: Decode>(x: FloatTensor<B>, weight: &Packed<B>) -> FloatTensor<B> {
     let device = x.device();
     let mut parts: Vec<_> = pieces(weight)
-        .map(|rows| B::float_matmul(x.clone(), B::float_transpose(B::decode(weight, rows, &device))))
+        .map(|rows| B::product(x.clone(), B::float_transpose(B::decode(weight, rows, &device))))
         .collect();
     match parts.len() {
         1 => parts.remove(0),
@@ -95,7 +96,7 @@ fn matmul_transposed_by_decoding<B: Decode>(y: FloatTensor<B>, weight: &Packed<B
     let product = |rows: Range<usize>| {
         let columns = rows.start - first..rows.end - first;
         let y = B::float_slice(y.clone(), &[Slice::from(0..count), Slice::from(columns)]);
-        B::float_matmul(y, B::decode(weight, rows, &device))
+        B::product(y, B::decode(weight, rows, &device))
     };
     let sum = pieces(weight).map(product).reduce(B::float_add);
     sum.expect("a matrix has rows")

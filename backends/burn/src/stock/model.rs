@@ -4,6 +4,7 @@ use super::network::{LayerCache, Pass, Qwen2, tokens};
 use super::{adapter, training, weights};
 use crate::guard::{guard, read};
 use crate::model::no_adapter;
+use crate::pool::PoolWatch;
 use burn::module::Module;
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::Device;
@@ -23,6 +24,7 @@ pub struct StockModel {
     /// The sequence that is being generated.
     caches: Vec<LayerCache>,
     length: usize,
+    pool: PoolWatch,
 }
 
 /// The base with an adapter, on the same device with autodiff.
@@ -36,9 +38,11 @@ struct Trained {
 
 impl StockModel {
     pub fn load(mut loader: WeightLoader<'_>, device: &Device) -> Result<Self> {
+        let pool = PoolWatch::start(device);
         let base = weights::load(&mut loader, device)?;
         let config = loader.config().clone();
-        Ok(Self { config, device: device.clone(), base, adapter: None, caches: Vec::new(), length: 0 })
+        let device = device.clone();
+        Ok(Self { config, device, base, adapter: None, caches: Vec::new(), length: 0, pool })
     }
 
     /// What evaluates and generates, without autodiff.
@@ -168,6 +172,6 @@ impl Model for StockModel {
     }
 
     fn memory(&self) -> DeviceMemory {
-        crate::device::memory(&self.device)
+        self.pool.memory()
     }
 }

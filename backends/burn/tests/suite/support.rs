@@ -1,6 +1,6 @@
 //! Small random models on disk, adapters and batches for them.
 
-use evalfw_burn::{BurnDevice, Variant, open};
+use evalfw_burn::{Autotune, BurnDevice, Variant, open};
 use evalfw_engine::batch::{Batch, IGNORE_INDEX};
 use evalfw_engine::checkpoint::Checkpoint;
 use evalfw_engine::config::ModelConfig;
@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 /// The engine on wgpu, or `None` where this machine has no adapter. Any other failure is one.
 pub fn wgpu() -> Option<Box<dyn Engine>> {
-    match open(BurnDevice::Wgpu, Variant::Tuned) {
+    match open(BurnDevice::Wgpu, Variant::Tuned, &Autotune::default()) {
         Ok(engine) => Some(engine),
         Err(Error::Unavailable { reason, .. }) => {
             eprintln!("not run: {reason}");
