@@ -56,6 +56,7 @@ impl Engine for BurnEngine {
             framework: "burn".into(),
             framework_version: env!("BURN_VERSION").into(),
             device: self.device.info.clone(),
+            adapters: self.device.adapters.clone(),
             compute_dtype: match self.device.products {
                 Products::F32 => "f32",
                 Products::Bf16 => "bf16 products",

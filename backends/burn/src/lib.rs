@@ -3,6 +3,7 @@
 //!
 //! | module | idea |
 //! |---|---|
+//! | `adapters` | which GPU is taken where there are several |
 //! | `device` | opens a device and says what it is |
 //! | `packed` | frozen matrices in few bits, decoded for one product at a time: burn's extension mechanism |
 //! | `frozen` | a frozen matrix, dense or packed; the rest of the engine knows no difference |
@@ -16,6 +17,7 @@
 //! | `model` | the contract, on top of all of these |
 //! | `stock` | the form without kernels of ours, with the same contract |
 
+mod adapters;
 mod attention;
 mod block;
 mod device;
