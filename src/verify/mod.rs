@@ -5,6 +5,7 @@ pub mod agreement;
 mod checks;
 mod compare;
 mod completeness;
+pub mod derived;
 mod manifest;
 pub mod reference;
 mod session;
