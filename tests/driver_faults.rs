@@ -159,7 +159,6 @@ fn a_device_that_is_lost_in_a_step_ends_its_cell_and_no_other() {
     let gpu = driver.manifest();
     let mut harness = std::process::Command::new(cargo_bin("evalfw"))
         .current_dir(workspace.path("."))
-        .env("EVALFW_CACHE", workspace.path("cache"))
         .envs(driver.environment(&[&gpu]))
         .args(["run", "--suite", "quick", "--engine", "burn-wgpu,candle-cpu", "--scenarios"])
         .arg(workspace.scenarios_of_steps(200))

@@ -13,6 +13,7 @@ use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
 use evalfw_kernels::level::level;
 use evalfw_kernels::memory::keep_freed_memory;
+use std::path::Path;
 
 pub struct BurnEngine {
     device: OpenDevice,
@@ -22,14 +23,19 @@ pub struct BurnEngine {
 }
 
 impl BurnEngine {
-    pub fn open(device: BurnDevice, variant: Variant, products: Products) -> Result<Self> {
+    pub fn open(
+        device: BurnDevice,
+        variant: Variant,
+        products: Products,
+        self_checks: Option<&Path>,
+    ) -> Result<Self> {
         if device == BurnDevice::Flex && variant != Variant::Stock {
             keep_freed_memory();
         }
         let device = OpenDevice::open(device, products)?;
         let checked = match variant {
             Variant::Stock => Ok(()),
-            Variant::Tuned | Variant::TunedBf16 => self_check::once(&device),
+            Variant::Tuned | Variant::TunedBf16 => self_check::once(&device, self_checks),
         };
         Ok(Self { device, variant, checked })
     }

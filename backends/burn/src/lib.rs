@@ -43,6 +43,7 @@ mod training;
 use evalfw_engine::{Engine, Error, Result};
 use evalfw_kernels::Products;
 use evalfw_kernels::level::bf16_products_on_cpu;
+use std::path::Path;
 
 /// Where burn computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,8 +66,9 @@ pub enum Variant {
 }
 
 /// Opens a device. Fails with [`Error::Unavailable`] where there is no such device, no driver for it, or no
-/// instruction for the variant.
-pub fn open(device: BurnDevice, variant: Variant) -> Result<Box<dyn Engine>> {
+/// instruction for the variant. In the folder `self_checks` it is remembered that a GPU has passed the long part of the
+/// self-check; without one, each process checks anew.
+pub fn open(device: BurnDevice, variant: Variant, self_checks: Option<&Path>) -> Result<Box<dyn Engine>> {
     let products = match (variant, device) {
         (Variant::Tuned | Variant::Stock, _) => Products::F32,
         (Variant::TunedBf16, BurnDevice::Flex) => {
@@ -77,7 +79,7 @@ pub fn open(device: BurnDevice, variant: Variant) -> Result<Box<dyn Engine>> {
             return Err(unavailable(device, "WGSL has no bf16"));
         }
     };
-    Ok(Box::new(engine::BurnEngine::open(device, variant, products)?))
+    Ok(Box::new(engine::BurnEngine::open(device, variant, products, self_checks)?))
 }
 
 fn unavailable(device: BurnDevice, reason: &str) -> Error {

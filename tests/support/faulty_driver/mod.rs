@@ -47,12 +47,14 @@ impl FaultyDriver {
         &self.real.0
     }
 
-    /// The environment of a process that has the drivers of these manifests, in this order.
+    /// The environment of a process that has the drivers of these manifests, in this order. The cache is one for all
+    /// tests: the self-check takes its time once.
     pub fn environment(&self, manifests: &[&Path]) -> Vec<(OsString, OsString)> {
         let drivers = std::env::join_paths(manifests).unwrap();
         vec![
             ("VK_DRIVER_FILES".into(), drivers.clone()),
             ("VK_ICD_FILENAMES".into(), drivers),
+            ("EVALFW_CACHE".into(), env!("CARGO_TARGET_TMPDIR").into()),
             ("FAULTY_DRIVER_REAL".into(), self.real.1.clone().into()),
             ("FAULTY_DRIVER_TRIGGER".into(), self.trigger_file().into()),
         ]

@@ -14,9 +14,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use tempfile::TempDir;
 
+/// One folder for all of these tests: the self-check takes its time once.
+pub fn self_checks() -> Option<&'static Path> {
+    Some(Path::new(env!("CARGO_TARGET_TMPDIR")))
+}
+
 /// The engine on wgpu, or `None` where this machine has no adapter. Any other failure is one.
 pub fn wgpu() -> Option<Box<dyn Engine>> {
-    match open(BurnDevice::Wgpu, Variant::Tuned) {
+    match open(BurnDevice::Wgpu, Variant::Tuned, self_checks()) {
         Ok(engine) => Some(engine),
         Err(Error::Unavailable { reason, .. }) => {
             eprintln!("not run: {reason}");
