@@ -1,7 +1,9 @@
 //! The registry of engines: a line each.
 
-use anyhow::{Result, bail};
+use crate::model::cache_dir;
+use anyhow::{Context, Result, bail};
 use evalfw_engine::{Engine, Error};
+use std::path::PathBuf;
 
 /// An engine on a device, as named on the command line.
 pub struct EngineSpec {
@@ -146,6 +148,25 @@ pub fn find(name: &str) -> Result<&'static EngineSpec> {
     }
 }
 
+/// Where it is remembered that a GPU has passed an engine's self-check. `None` where there is no cache folder.
+pub fn self_checks() -> Option<PathBuf> {
+    Some(cache_dir().ok()?.join("self-check"))
+}
+
+/// The engine that has one.
+const SELF_CHECKING: &str = "burn-wgpu";
+
+/// From now on these engines check every GPU anew.
+pub fn forget_self_checks(engines: &[&str]) -> Result<()> {
+    let Some(folder) = self_checks().filter(|_| engines.contains(&SELF_CHECKING)) else { return Ok(()) };
+    match std::fs::remove_dir_all(&folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("{}: cannot be removed", folder.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// An engine whose framework was left out of this build.
 #[allow(dead_code, reason = "used by the builds without a framework only")]
 fn left_out(feature: &str) -> evalfw_engine::Result<Box<dyn Engine>> {
@@ -218,7 +239,7 @@ mod candle {
 #[cfg(feature = "burn")]
 mod burn {
     use crate::model::cache_dir;
-    use evalfw_burn::{Autotune, BurnDevice, Variant, When, open};
+    use evalfw_burn::{Autotune, BurnDevice, Preparation, Variant, When, open};
     use evalfw_engine::{Engine, Error, Result};
 
     /// `on` tunes on software adapters, too, `off` nowhere.
@@ -239,24 +260,28 @@ mod burn {
         Ok(Autotune { when, cache: cache_dir().ok() })
     }
 
+    fn on_gpu() -> Result<Preparation> {
+        Ok(Preparation { autotune: autotune()?, self_checks: super::self_checks() })
+    }
+
     pub fn wgpu() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Wgpu, Variant::Tuned, &autotune()?)
+        open(BurnDevice::Wgpu, Variant::Tuned, &on_gpu()?)
     }
 
     pub fn flex() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Flex, Variant::Tuned, &Autotune::default())
+        open(BurnDevice::Flex, Variant::Tuned, &Preparation::default())
     }
 
     pub fn flex_bf16() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Flex, Variant::TunedBf16, &Autotune::default())
+        open(BurnDevice::Flex, Variant::TunedBf16, &Preparation::default())
     }
 
     pub fn wgpu_stock() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Wgpu, Variant::Stock, &autotune()?)
+        open(BurnDevice::Wgpu, Variant::Stock, &on_gpu()?)
     }
 
     pub fn flex_stock() -> Result<Box<dyn Engine>> {
-        open(BurnDevice::Flex, Variant::Stock, &Autotune::default())
+        open(BurnDevice::Flex, Variant::Stock, &Preparation::default())
     }
 }
 

@@ -119,18 +119,11 @@ fn without_a_vulkan_driver_burn_wgpu_is_unavailable_with_advice() {
 /// A suite whose training takes minutes, so that there is time to interfere.
 #[cfg(unix)]
 fn start_long_run(workspace: &Workspace) -> Child {
-    let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
-    let scenarios = workspace.path("long");
-    fs::create_dir_all(scenarios.join("suites")).unwrap();
-    for name in ["load.toml", "train.toml", "infer.toml", "suites/quick.toml"] {
-        fs::copy(source.join(name), scenarios.join(name)).unwrap();
-    }
-    let quick = scenarios.join("suites/quick.toml");
-    let text = fs::read_to_string(&quick).unwrap();
-    fs::write(&quick, text.replace("steps = 2", "steps = 20000")).unwrap();
     Command::new(assert_cmd::cargo::cargo_bin("evalfw"))
         .current_dir(workspace.path("."))
-        .args(["run", "--suite", "quick", "--engine", "candle-cpu", "--scenarios", "long", "--model"])
+        .args(["run", "--suite", "quick", "--engine", "candle-cpu", "--scenarios"])
+        .arg(workspace.scenarios_of_steps(20_000))
+        .arg("--model")
         .arg(workspace.model())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -143,11 +136,7 @@ fn start_long_run(workspace: &Workspace) -> Child {
 fn training_worker(harness: &Child, workspace: &Workspace) -> i32 {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        let in_training = workspace.runs().iter().any(|run| {
-            let logs =
-                fs::read_dir(run.join("logs")).map(|l| l.flatten().collect::<Vec<_>>()).unwrap_or_default();
-            logs.iter().any(|l| l.file_name().to_string_lossy().contains("train"))
-        });
+        let in_training = workspace.has_begun("candle-cpu", "train");
         let id = harness.id();
         let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
         if let (true, Some(pid)) = (in_training, children.split_whitespace().next()) {

@@ -1,7 +1,11 @@
 //! `evalfw verify`: the engines hold, planted errors are caught, an altered reference is refused.
 
+mod support;
+
 use assert_cmd::Command;
+use assert_cmd::cargo::cargo_bin;
 use evalfw::record::Outcome;
+use evalfw::verify::derived::derive;
 use evalfw::verify::reference::Reference;
 use evalfw::verify::{Scope, Verdict, verify};
 use evalfw::worker::WorkerCommand;
@@ -45,6 +49,70 @@ fn burn_on_wgpu_holds_where_there_is_an_adapter() {
     evalfw(&["verify", "--engine", "burn-wgpu", "--short"]).success();
 }
 
+/// With a model that has no golden files.
+fn micro_model() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    support::micro_model(&folder.path().join("micro"));
+    folder
+}
+
+#[test]
+fn on_a_model_without_golden_files_engines_hold_against_each_other() {
+    let folder = micro_model();
+    let model = folder.path().join("micro");
+    let engines = "burn-flex,candle-cpu-stock,candle-cpu";
+    let run =
+        evalfw(&["verify", "--model", model.to_str().unwrap(), "--engine", engines, "--json"]).success();
+    let verdicts: Vec<serde_json::Value> = serde_json::from_slice(&run.get_output().stdout).unwrap();
+    // The one that the others are held against is not among them.
+    let names: Vec<_> = verdicts.iter().map(|v| v["engine"].as_str().unwrap()).collect();
+    assert_eq!(names, ["burn-flex", "candle-cpu-stock", "burn-flex, candle-cpu-stock"]);
+    for verdict in &verdicts[..2] {
+        let checks = verdict["checks"].as_array().unwrap();
+        assert!(checks.iter().any(|c| c["name"] == "NF4: adapter gradients"), "{verdict}");
+        assert!(checks.iter().all(|c| c["model"] == "micro" && c["deviation"].is_f64()), "{verdict}");
+    }
+}
+
+#[test]
+fn errors_show_against_another_engine_as_they_do_against_golden_files() {
+    let folder = micro_model();
+    let reference = WorkerCommand {
+        program: cargo_bin("evalfw"),
+        arguments: vec!["worker".into(), "burn-flex".into()],
+        environment: Vec::new(),
+    };
+    let reference = derive(&reference, "micro", &folder.path().join("micro")).unwrap();
+    let errors = [
+        ("none", None),
+        ("rope", Some("logits")),
+        ("cache", Some("greedy tokens through the KV cache")),
+        ("gradient", Some("NF4: adapter gradients")),
+        ("swapped-factors", Some("losses with adapter")),
+        ("dropout-rate", Some("adapter gradients with dropout")),
+        ("no-bias-correction", Some("NF4: 3 losses of the curve nf4")),
+    ];
+    for (mutation, check) in errors {
+        let verdict = verify("mutant", &mutant_command(mutation), &reference, Scope::Short);
+        let failed: Vec<_> = verdict.failed_checks().map(|c| c.name.as_str()).collect();
+        match check {
+            Some(check) => assert!(failed.contains(&check), "{mutation}: {}", verdict.summary()),
+            None => assert_eq!(verdict.outcome, Outcome::Ok, "{}", verdict.summary()),
+        }
+    }
+}
+
+#[test]
+fn only_an_engine_that_computes_in_f32_is_held_against() {
+    let error = predicate::str::contains("candle-cpu-bf16, which must compute in f32");
+    let unavailable = predicate::str::contains("nothing can be held against candle-cpu-bf16");
+    evalfw(&["verify", "--model", "tiny", "--against", "candle-cpu-bf16"])
+        .code(2)
+        .stderr(error.and(unavailable));
+    let itself = predicate::str::contains("name another engine");
+    evalfw(&["verify", "--model", "tiny", "--engine", "candle-cpu"]).code(2).stderr(itself);
+}
+
 #[test]
 fn json_has_every_check_with_its_deviation_and_tolerance() {
     let run = evalfw(&["verify", "--engine", "candle-cpu", "--short", "--json"]).success();
@@ -58,13 +126,16 @@ fn json_has_every_check_with_its_deviation_and_tolerance() {
 const MODEL: &str = "untied-6q3kv";
 
 /// The worker with a planted error: built beside the tests.
-fn mutant(mutation: &str, scope: Scope) -> Verdict {
+fn mutant_command(mutation: &str) -> WorkerCommand {
     let tests = std::env::current_exe().unwrap();
     let program = tests.parent().unwrap().parent().unwrap().join("examples/mutant_engine");
     assert!(program.exists(), "{} is built with the tests", program.display());
     let arguments = mutation.split(' ').map(Into::into).collect();
-    let command = WorkerCommand { program, arguments, environment: Vec::new() };
-    verify("mutant", &command, &Reference::built_in().unwrap().only(MODEL), scope)
+    WorkerCommand { program, arguments, environment: Vec::new() }
+}
+
+fn mutant(mutation: &str, scope: Scope) -> Verdict {
+    verify("mutant", &mutant_command(mutation), &Reference::built_in().unwrap().only(MODEL), scope)
 }
 
 fn holds(mutation: &str) {
@@ -111,7 +182,7 @@ fn errors_of_the_adapter_are_caught_before_a_run() {
         ("gradient", &["adapter gradients", "NF4: adapter gradients"]),
         ("scale", &["losses with adapter", "adapter gradients"]),
         ("swapped-factors", &["losses with adapter", "adapter gradients"]),
-        ("wrong-layer", &["losses with adapter", "losses with an adapter trained by PEFT"]),
+        ("wrong-layer", &["losses with adapter", "losses with a trained adapter"]),
     ];
     all_caught(errors, Scope::Short);
 }

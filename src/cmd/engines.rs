@@ -71,14 +71,11 @@ fn table(rows: &[Row]) -> Table {
     table
 }
 
+/// The device that would be taken, and below it all that there are to choose from, if there is a choice.
 fn device(info: &EngineInfo) -> String {
-    let device = &info.device;
-    let mut text = device.name.clone();
-    if let Some(driver) = &device.driver {
-        text += &format!(" ({driver})");
-    }
-    if device.software {
-        text += "; software adapter, not comparable";
+    let mut text = info.device.title();
+    for (number, adapter) in info.choice().into_iter().flat_map(|adapters| adapters.all.iter().enumerate()) {
+        text += &format!("\n  EVALFW_GPU={number}: {}", adapter.title());
     }
     text
 }

@@ -23,7 +23,7 @@ use crate::verify::{Scope, Verdict, verify};
 use crate::worker::WorkerCommand;
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use evalfw_engine::protocol::Quantization;
+use evalfw_engine::protocol::{Adapters, Quantization};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -258,6 +258,12 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
         }
         match availability {
             Availability::Available(info) => {
+                if let Some(Adapters { taken, all }) = info.choice() {
+                    let (title, count) = (info.device.title(), all.len());
+                    progress.say(&format!(
+                        "{engine} takes adapter {taken} of {count}, {title}; EVALFW_GPU chooses another"
+                    ));
+                }
                 forms.insert(engine.clone(), info.quantizations);
                 available.push((engine, info.device.software));
             }

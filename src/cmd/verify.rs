@@ -1,9 +1,11 @@
-//! `evalfw verify`: holds the engines against the independent reference.
+//! `evalfw verify`: holds the engines against the independent reference, or, on a model that has none, against each other.
 
 use crate::engines;
-use crate::output::print;
+use crate::model::{Context as ModelContext, ModelSource};
+use crate::output::{note, print};
 use crate::record::Outcome;
 use crate::verify::agreement::across;
+use crate::verify::derived::derive;
 use crate::verify::reference::Reference;
 use crate::verify::{Check, Scope, Verdict, verify};
 use crate::worker::WorkerCommand;
@@ -17,9 +19,10 @@ const AFTER_HELP: &str = "\
 Examples:
   evalfw verify
   evalfw verify --engine candle-cpu,burn-flex
+  evalfw verify --model 0.5b-2layers --engine burn-wgpu    real widths, against candle-cpu
   evalfw verify --json | jq '.[] | .checks[] | select(.passed | not)'
 
-The reference was made by transformers, peft and bitsandbytes; tests/reference/README.md says how.
+The GPU of burn-wgpu passes its self-check anew. The reference was made by transformers, peft and bitsandbytes; tests/reference/README.md says how.
 Where more than one engine ran, the last entry compares their NF4 losses with each other.
 In JSON a deviation beyond all numbers (NaN, a value that is missing) is null, and `detail` says where.
 Exit codes: 0 all hold, 1 an engine is wrong or broke off, 2 bad input.";
@@ -37,6 +40,13 @@ pub struct VerifyArgs {
     /// Another reference: a folder with manifest.json and golden/
     #[arg(long, value_name = "DIR")]
     reference: Option<PathBuf>,
+    /// A model without golden files: what `--against` computes of it is the reference, after that engine itself
+    /// held against the golden files. The scope is that of --short
+    #[arg(long, value_name = "DIR|ORG/NAME|SIZE", conflicts_with_all = ["reference", "short"])]
+    model: Option<String>,
+    /// The engine that the others are held against on --model
+    #[arg(long, default_value = "candle-cpu", value_name = "E", requires = "model")]
+    against: String,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -46,16 +56,26 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     for name in &args.engine {
         engines::find(name)?;
     }
-    let reference = match &args.reference {
-        Some(folder) => Reference::read(folder)?,
-        None => Reference::built_in()?,
-    };
-    let scope = if args.short { Scope::Short } else { Scope::Full };
     let named = !args.engine.is_empty();
-    let names: Vec<&str> = match named {
+    let mut names: Vec<&str> = match named {
         true => args.engine.iter().map(String::as_str).collect(),
         false => engines::unasked().map(|e| e.name).collect(),
     };
+    let mut scope = if args.short { Scope::Short } else { Scope::Full };
+    let reference = match (&args.model, &args.reference) {
+        (Some(model), _) => {
+            // Against itself it would always hold.
+            names.retain(|name| *name != args.against);
+            if names.is_empty() {
+                bail!("{} is what the others are held against; name another engine", args.against);
+            }
+            scope = Scope::Short;
+            derived(model, &args.against)?
+        }
+        (None, Some(folder)) => Reference::read(folder)?,
+        (None, None) => Reference::built_in()?,
+    };
+    engines::forget_self_checks(&names)?;
     let mut verdicts = Vec::new();
     for engine in names {
         let verdict = verify(engine, &WorkerCommand::built_in(engine, None)?, &reference, scope);
@@ -81,6 +101,20 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     }
     let all = verdicts.iter().all(Verdict::passed);
     Ok(if all { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What the engine `against` computes of a model, if it holds against the golden files itself.
+fn derived(model: &str, against: &str) -> Result<Reference> {
+    engines::find(against)?;
+    let command = WorkerCommand::built_in(against, None)?;
+    let verdict = verify(against, &command, &Reference::built_in()?, Scope::Short);
+    let exact = verdict.tolerances.is_some_and(|tolerances| tolerances.compute_dtype == "f32");
+    if !(verdict.passed() && exact) {
+        bail!("nothing can be held against {against}, which must compute in f32: {}", verdict.summary());
+    }
+    note(&format!("{against}: {}; it is the reference now", verdict.summary()));
+    let model = ModelSource::resolve(model, &mut ModelContext::from_env(&mut note)?)?;
+    derive(&command, &model.name, &model.dir)
 }
 
 fn show(verdict: &Verdict) -> Result<()> {

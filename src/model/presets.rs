@@ -1,5 +1,6 @@
-//! The models that evalfw can write by itself: the exact shapes of Qwen2.5-Coder, a tiny one, and one that
-//! can learn the data set from random weights (its head is its own, so that logits can grow).
+//! The models that evalfw can write by itself: the exact shapes of Qwen2.5-Coder, two layers of one with a
+//! smaller vocabulary for verification, a tiny one, and one that can learn the data set from random weights (its head is its own, so that logits
+//! can grow).
 
 use super::{Error, Result};
 use evalfw_engine::config::ModelConfig;
@@ -27,9 +28,10 @@ struct Shape {
 }
 
 #[rustfmt::skip]
-const SHAPES: [Shape; 8] = [
+const SHAPES: [Shape; 9] = [
     Shape { name: "learner", hidden: 128, intermediate: 384, layers: 2, heads: 4, key_value_heads: 2, vocab: 320, tied: false },
     Shape { name: "tiny", hidden: 64, intermediate: 192, layers: 2, heads: 4, key_value_heads: 2, vocab: 151_936, tied: true },
+    Shape { name: "qwen2.5-coder-0.5b-2layers", hidden: 896, intermediate: 4864, layers: 2, heads: 14, key_value_heads: 2, vocab: 8192, tied: true },
     Shape { name: "qwen2.5-coder-0.5b", hidden: 896, intermediate: 4864, layers: 24, heads: 14, key_value_heads: 2, vocab: 151_936, tied: true },
     Shape { name: "qwen2.5-coder-1.5b", hidden: 1536, intermediate: 8960, layers: 28, heads: 12, key_value_heads: 2, vocab: 151_936, tied: true },
     Shape { name: "qwen2.5-coder-3b", hidden: 2048, intermediate: 11_008, layers: 36, heads: 16, key_value_heads: 2, vocab: 151_936, tied: true },
@@ -67,7 +69,7 @@ impl Preset {
     fn line(&self) -> String {
         let parameters = self.config.parameters();
         let (millions, gigabytes) = (parameters as f64 / 1e6, self.checkpoint_bytes() as f64 / 1e9);
-        format!("{:<20} {millions:>8.1} M parameters {gigabytes:>6.2} GB in bf16\n", self.name)
+        format!("{:<26} {millions:>8.1} M parameters {gigabytes:>6.2} GB in bf16\n", self.name)
     }
 
     /// Bytes of the weights in bf16.

@@ -5,6 +5,7 @@ pub mod agreement;
 mod checks;
 mod compare;
 mod completeness;
+pub mod derived;
 mod manifest;
 pub mod reference;
 mod session;
@@ -105,7 +106,10 @@ impl Verdict {
             })
             .collect();
         match (&self.failure, failed.is_empty()) {
-            (Some(error), _) => format!("verification broke off during {}: {}", error.during, error.message),
+            (Some(CellError { during, message, advice, .. }), _) => {
+                let advice = advice.as_ref().map_or_else(String::new, |advice| format!("; {advice}"));
+                format!("verification broke off during {during}: {message}{advice}")
+            }
             (None, false) => format!("wrong against the reference: {}", failed.join("; ")),
             (None, true) => format!("{} checks against the reference hold", self.checks.len()),
         }

@@ -64,8 +64,8 @@ pub struct GreedyToken {
 /// The mean loss of each batch.
 #[derive(Deserialize)]
 pub struct Losses {
-    none: AdapterLosses,
-    nf4: AdapterLosses,
+    pub none: AdapterLosses,
+    pub nf4: AdapterLosses,
 }
 
 #[derive(Deserialize)]
@@ -105,14 +105,14 @@ pub struct Curve {
     pub steps: Vec<CurveStep>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub struct CurveSettings {
-    learning_rate: f64,
-    betas: [f64; 2],
-    eps: f64,
-    weight_decay: f64,
-    max_grad_norm: Option<f64>,
-    quantization: Quantization,
+    pub learning_rate: f64,
+    pub betas: [f64; 2],
+    pub eps: f64,
+    pub weight_decay: f64,
+    pub max_grad_norm: Option<f64>,
+    pub quantization: Quantization,
     pub lora_dropout: f32,
     pub dropout_seed: u64,
 }
@@ -128,6 +128,20 @@ pub struct CurveStep {
 }
 
 impl CurveSettings {
+    /// Those of the golden curves, but for a learning rate that suits wide models.
+    pub fn usual() -> Self {
+        Self {
+            learning_rate: 1e-3,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            weight_decay: 0.01,
+            max_grad_norm: None,
+            quantization: Quantization::None,
+            lora_dropout: 0.0,
+            dropout_seed: 0,
+        }
+    }
+
     pub fn quantization(&self) -> Quantization {
         self.quantization
     }
@@ -189,6 +203,11 @@ impl Reference {
             bail!("{}: no reference model", golden.display());
         }
         Ok(Self { models, _unpacked: None })
+    }
+
+    /// One model, whose files are in a temporary folder.
+    pub fn derived(model: ReferenceModel, folder: TempDir) -> Self {
+        Self { models: vec![model], _unpacked: Some(folder) }
     }
 
     /// Keeps one model only.

@@ -5,6 +5,7 @@ use assert_cmd::Command;
 use evalfw::model::Preset;
 use evalfw::model::synth::{self, SynthOptions};
 use evalfw::record::CellRecord;
+use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -59,9 +60,33 @@ impl Workspace {
         command
     }
 
+    /// Scenarios whose suite `quick` trains for so many steps, so that there is time to interfere.
+    pub fn scenarios_of_steps(&self, steps: usize) -> PathBuf {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+        let scenarios = self.path("long");
+        fs::create_dir_all(scenarios.join("suites")).unwrap();
+        for name in ["load.toml", "train.toml", "infer.toml", "suites/quick.toml"] {
+            fs::copy(source.join(name), scenarios.join(name)).unwrap();
+        }
+        let quick = scenarios.join("suites/quick.toml");
+        let text = fs::read_to_string(&quick).unwrap();
+        fs::write(&quick, text.replace("steps = 2", &format!("steps = {steps}"))).unwrap();
+        scenarios
+    }
+
+    /// Whether the latest run has begun with a cell of this engine and scenario: its log is there.
+    pub fn has_begun(&self, engine: &str, scenario: &str) -> bool {
+        let Some(run) = self.runs().pop() else { return false };
+        let Ok(logs) = fs::read_dir(run.join("logs")) else { return false };
+        logs.flatten().any(|log| {
+            let name = log.file_name().to_string_lossy().into_owned();
+            name.contains(engine) && name.contains(scenario)
+        })
+    }
+
     /// The run folders, oldest first.
     pub fn runs(&self) -> Vec<PathBuf> {
-        let Ok(entries) = std::fs::read_dir(self.results()) else { return Vec::new() };
+        let Ok(entries) = fs::read_dir(self.results()) else { return Vec::new() };
         let mut runs: Vec<_> = entries.map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
         runs.sort();
         runs

@@ -1,11 +1,12 @@
 //! Opens a device and says what it is.
 
 use crate::BurnDevice;
-use crate::guard::guard;
+use crate::adapters::{device_info, select};
+use crate::guard::{guard, keep_device_errors};
 use burn::tensor::Device;
 use burn::tensor::wgpu::WgpuInitError;
-use burn_wgpu::{WgpuBackend, WgpuSetup, wgpu};
-use evalfw_engine::protocol::{DeviceInfo, DeviceKind};
+use burn_wgpu::WgpuBackend;
+use evalfw_engine::protocol::{Adapters, DeviceInfo, DeviceKind};
 use evalfw_engine::{Error, Result};
 use evalfw_kernels::Products;
 use std::sync::Mutex;
@@ -16,6 +17,8 @@ pub struct OpenDevice {
     pub kind: BurnDevice,
     pub device: Device,
     pub info: DeviceInfo,
+    /// What there was to choose from, where it is a GPU.
+    pub adapters: Option<Adapters>,
     /// The largest buffer a kernel can read, in bytes.
     pub max_buffer_bytes: u64,
     /// The type of the factors of products with frozen matrices, on the CPU.
@@ -39,7 +42,14 @@ fn flex(products: Products) -> OpenDevice {
         software: false,
         memory_bytes: None,
     };
-    OpenDevice { kind: BurnDevice::Flex, device: Device::flex(), info, max_buffer_bytes: u64::MAX, products }
+    OpenDevice {
+        kind: BurnDevice::Flex,
+        device: Device::flex(),
+        info,
+        adapters: None,
+        max_buffer_bytes: u64::MAX,
+        products,
+    }
 }
 
 /// burn can set up an adapter only once in a process.
@@ -50,13 +60,21 @@ fn wgpu() -> Result<OpenDevice> {
     if let Some(device) = &*opened {
         return Ok(device.clone());
     }
-    let (device, setup) =
-        guard(|| Device::wgpu_options().graphics_api(GRAPHICS_API).init_with_setup().map_err(unavailable))?;
+    keep_device_errors();
+    let selection = guard(select)?;
+    let (device, setup) = guard(|| {
+        let mut options = Device::wgpu_options().graphics_api(GRAPHICS_API);
+        if let Some(selection) = &selection {
+            options = options.device_kind(selection.selector.clone());
+        }
+        options.init_with_setup().map_err(unavailable)
+    })?;
     let limits = setup.device.limits();
     let device = OpenDevice {
         kind: BurnDevice::Wgpu,
         device,
-        info: adapter_info(&setup),
+        info: device_info(&setup.adapter.get_info()),
+        adapters: selection.map(|selection| selection.adapters),
         max_buffer_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
         products: Products::F32,
     };
@@ -64,7 +82,7 @@ fn wgpu() -> Result<OpenDevice> {
 }
 
 /// Named, so that a machine without its driver is an error and not a slow way round through OpenGL.
-const GRAPHICS_API: WgpuBackend = if cfg!(target_vendor = "apple") {
+pub const GRAPHICS_API: WgpuBackend = if cfg!(target_vendor = "apple") {
     WgpuBackend::Metal
 } else if cfg!(windows) {
     WgpuBackend::Dx12
@@ -88,24 +106,6 @@ fn unavailable(error: WgpuInitError) -> Error {
             },
         },
         other => Error::framework(other),
-    }
-}
-
-fn adapter_info(setup: &WgpuSetup) -> DeviceInfo {
-    let info = setup.adapter.get_info();
-    let software = info.device_type == wgpu::DeviceType::Cpu;
-    let driver = [format!("{:?}", info.backend), info.driver, info.driver_info];
-    DeviceInfo {
-        kind: match info.device_type {
-            wgpu::DeviceType::Cpu => DeviceKind::Cpu,
-            wgpu::DeviceType::IntegratedGpu => DeviceKind::UnifiedGpu,
-            _ => DeviceKind::DiscreteGpu,
-        },
-        name: info.name,
-        driver: Some(driver.join(" ").trim().to_owned()),
-        software,
-        // wgpu does not tell.
-        memory_bytes: None,
     }
 }
 

@@ -29,7 +29,7 @@ impl BurnEngine {
         device: BurnDevice,
         variant: Variant,
         products: Products,
-        autotune: &Autotune,
+        preparation: &Preparation,
     ) -> Result<Self> {
         if device == BurnDevice::Flex && variant != Variant::Stock {
             keep_freed_memory();
@@ -37,11 +37,13 @@ impl BurnEngine {
         let device = OpenDevice::open(device, products)?;
         let tuner = match (device.kind, variant) {
             (BurnDevice::Flex, _) | (_, Variant::Stock) => None,
-            (BurnDevice::Wgpu, _) => Tuner::install(autotune, &device.info),
+            (BurnDevice::Wgpu, _) => Tuner::install(&preparation.autotune, &device.info),
         };
         let checked = match variant {
             Variant::Stock => Ok(()),
-            Variant::Tuned | Variant::TunedBf16 => self_check::once(&device),
+            Variant::Tuned | Variant::TunedBf16 => {
+                self_check::once(&device, preparation.self_checks.as_deref())
+            }
         };
         Ok(Self { device, variant, checked, tuner })
     }
@@ -68,6 +70,7 @@ impl Engine for BurnEngine {
             framework: "burn".into(),
             framework_version: env!("BURN_VERSION").into(),
             device: self.device.info.clone(),
+            adapters: self.device.adapters.clone(),
             compute_dtype: match self.device.products {
                 Products::F32 => "f32",
                 Products::Bf16 => "bf16 products",

@@ -3,6 +3,7 @@
 //!
 //! | module | idea |
 //! |---|---|
+//! | `adapters` | which GPU is taken where there are several |
 //! | `device` | opens a device and says what it is |
 //! | `pool` | what a GPU's memory pools hold, and the most that they held |
 //! | `tune` | chooses a GPU's kernels for products by measuring |
@@ -19,6 +20,7 @@
 //! | `model` | the contract, on top of all of these |
 //! | `stock` | the form without kernels of ours, with the same contract |
 
+mod adapters;
 mod attention;
 mod block;
 mod device;
@@ -49,6 +51,7 @@ pub use tune::{Autotune, When};
 use evalfw_engine::{Engine, Error, Result};
 use evalfw_kernels::Products;
 use evalfw_kernels::level::bf16_products_on_cpu;
+use std::path::PathBuf;
 
 /// Where burn computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,10 +73,19 @@ pub enum Variant {
     Stock,
 }
 
+/// What a GPU does before it is used.
+#[derive(Debug, Clone, Default)]
+pub struct Preparation {
+    pub autotune: Autotune,
+    /// The folder in which it is remembered that a GPU has passed the long part of the self-check; without one, each
+    /// process checks anew.
+    pub self_checks: Option<PathBuf>,
+}
+
 /// Opens a device. Fails with [`Error::Unavailable`] where there is no such device, no driver for it, or no
-/// instruction for the variant. Of the forms on a GPU, all but the stock one tune as `autotune` says; what the first call
-/// in a process says holds for all.
-pub fn open(device: BurnDevice, variant: Variant, autotune: &Autotune) -> Result<Box<dyn Engine>> {
+/// instruction for the variant. Of the forms on a GPU, all but the stock one are prepared as `preparation` says; what the
+/// first call in a process says holds for all.
+pub fn open(device: BurnDevice, variant: Variant, preparation: &Preparation) -> Result<Box<dyn Engine>> {
     let products = match (variant, device) {
         (Variant::Tuned | Variant::Stock, _) => Products::F32,
         (Variant::TunedBf16, BurnDevice::Flex) => {
@@ -84,7 +96,7 @@ pub fn open(device: BurnDevice, variant: Variant, autotune: &Autotune) -> Result
             return Err(unavailable(device, "WGSL has no bf16"));
         }
     };
-    Ok(Box::new(engine::BurnEngine::open(device, variant, products, autotune)?))
+    Ok(Box::new(engine::BurnEngine::open(device, variant, products, preparation)?))
 }
 
 fn unavailable(device: BurnDevice, reason: &str) -> Error {

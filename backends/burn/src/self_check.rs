@@ -4,6 +4,8 @@
 //! One small block of random weights in NF4, with factors on all of its projections, computes its output and the
 //! gradients of its input and of its factors on both.
 
+mod passed;
+
 use crate::BurnDevice;
 use crate::attention::Pass;
 use crate::block::Block;
@@ -18,6 +20,8 @@ use evalfw_engine::nf4::Nf4Tensor;
 use evalfw_engine::weights::{Projection, Weight};
 use evalfw_engine::{Error, Result};
 use evalfw_kernels::Products;
+use passed::Passed;
+use std::path::Path;
 use std::sync::OnceLock;
 
 /// Of the largest value of a tensor. Both compute in f32; they add up in other orders, and shaders may be some units
@@ -27,22 +31,42 @@ const TOLERANCE: f32 = 1e-3;
 /// Stands in for a largest value that is smaller: with one position, queries and keys have no gradient.
 const SMALL: f32 = 1e-3;
 
-/// A single position, which goes through kernels of its own, and up to more than the lengths that went wrong.
-const LENGTHS: [usize; 4] = [1, 128, 1024, 2048];
-/// On a software adapter 1024 alone take ten seconds, at each start of a worker.
-const LENGTHS_IN_SOFTWARE: [usize; 2] = [1, 128];
+/// A single position, which goes through kernels of its own, and a short sequence: at each start of a worker.
+const AT_EACH_START: [usize; 2] = [1, 128];
+/// Up to more than the lengths that went wrong. Most of their time goes into compiling kernels, so that a smaller block
+/// would take as long.
+const ONCE: [usize; 2] = [1024, 2048];
 
-/// The verdict on the GPU of this process: there is only one, and flex is what it is held against.
-pub fn once(device: &OpenDevice) -> Result<()> {
+/// The verdict on the GPU of this process: there is only one, and flex is what it is held against. In `cache` passed
+/// checks of long sequences are remembered.
+pub fn once(device: &OpenDevice, cache: Option<&Path>) -> Result<()> {
     static VERDICT: OnceLock<Result<()>> = OnceLock::new();
     match device.kind {
         BurnDevice::Flex => Ok(()),
-        BurnDevice::Wgpu => VERDICT.get_or_init(|| check(device)).clone(),
+        BurnDevice::Wgpu => VERDICT
+            .get_or_init(|| {
+                let passed = cache.and_then(|cache| Passed::of(cache, &device.info, &ONCE));
+                check_or_remember(passed.as_ref(), |lengths| check(device, lengths))
+            })
+            .clone(),
     }
 }
 
-fn check(device: &OpenDevice) -> Result<()> {
-    let lengths = if device.info.software { &LENGTHS_IN_SOFTWARE[..] } else { &LENGTHS };
+/// A check that failed is never remembered.
+fn check_or_remember(passed: Option<&Passed>, check: impl Fn(&[usize]) -> Result<()>) -> Result<()> {
+    check(&AT_EACH_START)?;
+    if passed.is_some_and(Passed::is_remembered) {
+        return Ok(());
+    }
+    check(&ONCE)?;
+    if let Some(Err(error)) = passed.map(Passed::remember) {
+        // The next worker checks again.
+        eprintln!("the self-check passed, but that could not be written down: {error}");
+    }
+    Ok(())
+}
+
+fn check(device: &OpenDevice, lengths: &[usize]) -> Result<()> {
     let host = OpenDevice::open(BurnDevice::Flex, Products::F32)?;
     for &positions in lengths {
         let expected = Sample::new(positions).run(&host)?;
@@ -166,6 +190,7 @@ impl Sample {
 mod tests {
     use super::*;
     use crate::device::all_for_tests;
+    use std::cell::RefCell;
 
     fn on_flex(sample: &Sample) -> Results {
         sample.run(&OpenDevice::open(BurnDevice::Flex, Products::F32).unwrap()).unwrap()
@@ -174,8 +199,28 @@ mod tests {
     #[test]
     fn every_device_here_passes() {
         for device in all_for_tests() {
-            assert_eq!(check(&device), Ok(()));
+            assert_eq!(check(&device, &AT_EACH_START), Ok(()));
         }
+    }
+
+    #[test]
+    fn long_sequences_are_checked_until_they_pass_and_short_ones_always() {
+        let cache = tempfile::tempdir().unwrap();
+        let device = OpenDevice::open(BurnDevice::Flex, Products::F32).unwrap();
+        let passed = Passed::of(cache.path(), &device.info, &ONCE).unwrap();
+        let start = |passed: Option<&Passed>, works: bool| {
+            let checked = RefCell::new(Vec::new());
+            let verdict = check_or_remember(passed, |lengths| {
+                checked.borrow_mut().extend(lengths);
+                if works || lengths == AT_EACH_START { Ok(()) } else { Err(Error::wrong("planted")) }
+            });
+            (checked.into_inner(), verdict.is_ok())
+        };
+        let all = [AT_EACH_START, ONCE].concat();
+        assert_eq!(start(Some(&passed), false), (all.clone(), false));
+        assert_eq!(start(Some(&passed), true), (all.clone(), true));
+        assert_eq!(start(Some(&passed), true), (AT_EACH_START.to_vec(), true));
+        assert_eq!(start(None, true), (all, true));
     }
 
     #[test]

@@ -63,6 +63,7 @@ impl Engine for CandleEngine {
             framework: "candle".to_owned(),
             framework_version: env!("CANDLE_VERSION").to_owned(),
             device: device::info(&self.device),
+            adapters: None,
             compute_dtype: match self.products {
                 Products::Bf16 => "bf16 products",
                 Products::F32 => "f32",

@@ -96,6 +96,9 @@ pub struct EngineInfo {
     pub framework: String,
     pub framework_version: String,
     pub device: DeviceInfo,
+    /// What there was to choose from, where the engine lists it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapters: Option<Adapters>,
     /// The type in which activations are computed, e.g. `f32`.
     pub compute_dtype: String,
     /// Switches that change speed, e.g. `x86-v4`, `autotune`.
@@ -122,6 +125,34 @@ pub struct DeviceInfo {
     pub software: bool,
     /// Memory of its own; `None` where it shares the host's.
     pub memory_bytes: Option<u64>,
+}
+
+impl EngineInfo {
+    /// The devices, where there is more than one to choose from.
+    pub fn choice(&self) -> Option<&Adapters> {
+        self.adapters.as_ref().filter(|adapters| adapters.all.len() > 1)
+    }
+}
+
+impl DeviceInfo {
+    /// Its name, its driver, and whether it is no GPU.
+    pub fn title(&self) -> String {
+        let mut title = self.name.clone();
+        if let Some(driver) = &self.driver {
+            title += &format!(" ({driver})");
+        }
+        if self.software {
+            title += "; software adapter, not comparable";
+        }
+        title
+    }
+}
+
+/// The devices that an engine can compute on, by their numbers, and the one that it took.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Adapters {
+    pub taken: usize,
+    pub all: Vec<DeviceInfo>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

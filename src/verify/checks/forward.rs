@@ -61,7 +61,7 @@ impl Bench<'_> {
         self.attach(&model.adapter, TrainingConfig::default())?;
         self.batch_losses("losses with adapter", &expected.adapter, adapter)?;
         self.attach(&model.trained_adapter, TrainingConfig::default())?;
-        self.batch_losses("losses with an adapter trained by PEFT", &expected.trained_adapter, trained)
+        self.batch_losses("losses with a trained adapter", &expected.trained_adapter, trained)
     }
 }
 

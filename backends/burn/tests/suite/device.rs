@@ -1,14 +1,14 @@
 //! Opening devices.
 
-use crate::support::wgpu;
-use evalfw_burn::{Autotune, BurnDevice, Variant, open};
+use crate::support::{preparation, wgpu};
+use evalfw_burn::{BurnDevice, Preparation, Variant, open};
 use evalfw_engine::Error;
 use evalfw_engine::protocol::DeviceKind;
 use std::process::Command;
 
 #[test]
 fn flex_says_what_it_is() {
-    let info = open(BurnDevice::Flex, Variant::Tuned, &Autotune::default()).unwrap().info();
+    let info = open(BurnDevice::Flex, Variant::Tuned, &Preparation::default()).unwrap().info();
     assert_eq!((&*info.engine, &*info.framework), ("burn-flex", "burn"));
     assert!(info.framework_version.starts_with("0.22."), "{}", info.framework_version);
     assert_eq!(info.device.kind, DeviceKind::Cpu);
@@ -23,7 +23,7 @@ fn wgpu_names_its_adapter_and_opens_again() {
     assert_eq!(info.engine, "burn-wgpu");
     assert!(!info.device.name.is_empty());
     assert_eq!(info.device.software, info.device.kind == DeviceKind::Cpu, "{:?}", info.device);
-    assert_eq!(open(BurnDevice::Wgpu, Variant::Tuned, &Autotune::default()).unwrap().info(), info);
+    assert_eq!(open(BurnDevice::Wgpu, Variant::Tuned, &preparation()).unwrap().info(), info);
 }
 
 /// In a process of its own, whose Vulkan loader is pointed at nothing.
@@ -32,7 +32,7 @@ fn wgpu_names_its_adapter_and_opens_again() {
 fn wgpu_without_a_driver_is_unavailable() {
     const INSIDE: &str = "EVALFW_BURN_TEST_WITHOUT_DRIVER";
     if std::env::var_os(INSIDE).is_some() {
-        match open(BurnDevice::Wgpu, Variant::Tuned, &Autotune::default()).map(|_| ()) {
+        match open(BurnDevice::Wgpu, Variant::Tuned, &preparation()).map(|_| ()) {
             Err(Error::Unavailable { reason, advice }) => {
                 assert!(reason.contains("Vulkan") && advice.contains("driver"), "{reason}; {advice}");
             }

@@ -15,7 +15,7 @@ macro_rules! on_each_device {
             $(
                 #[test]
                 fn $test() {
-                    super::$test(&mut *evalfw_burn::open(evalfw_burn::BurnDevice::Flex, evalfw_burn::Variant::Tuned, &evalfw_burn::Autotune::default()).unwrap());
+                    super::$test(&mut *evalfw_burn::open(evalfw_burn::BurnDevice::Flex, evalfw_burn::Variant::Tuned, &evalfw_burn::Preparation::default()).unwrap());
                 }
             )*
         }

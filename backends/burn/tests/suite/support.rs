@@ -1,6 +1,6 @@
 //! Small random models on disk, adapters and batches for them.
 
-use evalfw_burn::{Autotune, BurnDevice, Variant, open};
+use evalfw_burn::{BurnDevice, Preparation, Variant, open};
 use evalfw_engine::batch::{Batch, IGNORE_INDEX};
 use evalfw_engine::checkpoint::Checkpoint;
 use evalfw_engine::config::ModelConfig;
@@ -14,9 +14,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use tempfile::TempDir;
 
+/// One folder for all of these tests: the self-check takes its time once.
+pub fn preparation() -> Preparation {
+    Preparation { self_checks: Some(env!("CARGO_TARGET_TMPDIR").into()), ..Preparation::default() }
+}
+
 /// The engine on wgpu, or `None` where this machine has no adapter. Any other failure is one.
 pub fn wgpu() -> Option<Box<dyn Engine>> {
-    match open(BurnDevice::Wgpu, Variant::Tuned, &Autotune::default()) {
+    match open(BurnDevice::Wgpu, Variant::Tuned, &preparation()) {
         Ok(engine) => Some(engine),
         Err(Error::Unavailable { reason, .. }) => {
             eprintln!("not run: {reason}");
