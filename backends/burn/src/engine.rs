@@ -66,7 +66,6 @@ impl Engine for BurnEngine {
                 Variant::Stock => stock::quantizations(),
                 Variant::Tuned | Variant::TunedBf16 => Quantization::usual(),
             },
-            native_4_bits_throughout: self.variant == Variant::Stock,
             threads: rayon::current_num_threads(),
         }
     }
