@@ -122,8 +122,8 @@ pub fn unasked() -> impl Iterator<Item = &'static EngineSpec> {
 }
 
 /// Stock forms that verification leaves out unless they are named, and most suites too. They have no NF4, which suites
-/// ask for first, and with Burn's own 4-bit format and product a prompt of 128 tokens takes a 0.5B model minutes on two
-/// cores.
+/// ask for first, and on the CPU each pass with Burn's own 4 bits takes a 0.5B model some twenty seconds on two cores:
+/// Burn gives a quantized weight a dimension of 1 for the batch, and flex decodes it and quantizes it anew for that.
 const ONLY_WHEN_NAMED: [&str; 2] = ["burn-flex-stock", "burn-wgpu-stock"];
 
 /// The stock form that a suite runs for an engine that was selected, be it one of `all` or of those that it need not
