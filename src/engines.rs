@@ -123,14 +123,15 @@ pub fn unasked() -> impl Iterator<Item = &'static EngineSpec> {
     ENGINES.iter().filter(|engine| !ONLY_WHEN_NAMED.contains(&engine.name))
 }
 
-/// Stock forms that suites and verification leave out unless they are named. They have no NF4, which suites ask for first, and with Burn's
-/// own 4-bit format and product a prompt of 128 tokens takes a 0.5B model minutes on two cores.
-/// On software Vulkan Burn's own gradients are wrong for one model of the reference (`odd-2q2kv`); why is open.
+/// Stock forms that verification leaves out unless they are named, and most suites too. They have no NF4, which suites
+/// ask for first, and on the CPU each pass with Burn's own 4 bits takes a 0.5B model some twenty seconds on two cores:
+/// Burn gives a quantized weight a dimension of 1 for the batch, and flex decodes it and quantizes it anew for that.
 const ONLY_WHEN_NAMED: [&str; 2] = ["burn-flex-stock", "burn-wgpu-stock"];
 
-/// The stock form that a suite runs for an engine that was selected.
-pub fn stock_form_in_suites(name: &str) -> Option<&'static str> {
-    stock_form(name).filter(|form| *form == name || !ONLY_WHEN_NAMED.contains(form))
+/// The stock form that a suite runs for an engine that was selected, be it one of `all` or of those that it need not
+/// name.
+pub fn stock_form_in_suites(name: &str, all: bool) -> Option<&'static str> {
+    stock_form(name).filter(|form| all || *form == name || !ONLY_WHEN_NAMED.contains(form))
 }
 
 /// Whether `stock` is the stock form of `engine`, another one.

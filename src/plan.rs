@@ -46,7 +46,7 @@ pub fn interleaved(
     let mut cells = Vec::new();
     for repetition in 0..rounds {
         for (index, cell) in suite.cells.iter().enumerate().filter(|(_, c)| c.repetitions > repetition) {
-            let takes = |c: &SuiteCell, engine: &String| taking(c.kernels, selected).contains(engine);
+            let takes = |c: &SuiteCell, engine: &String| taking(suite, c.kernels, selected).contains(engine);
             // A stock form that was named takes cells of both kinds. Of two with one name, which may differ in
             // parameters that are not in it, it takes the first.
             let has_taken = |engine: &String| {
@@ -76,7 +76,7 @@ pub fn engines_of(suite: &Suite, selected: &[String]) -> Vec<String> {
     for kernels in [CellKernels::Custom, CellKernels::Stock] {
         if suite.cells.iter().any(|c| c.kernels == kernels) {
             let missing: Vec<_> =
-                taking(kernels, selected).into_iter().filter(|e| !all.contains(e)).collect();
+                taking(suite, kernels, selected).into_iter().filter(|e| !all.contains(e)).collect();
             all.extend(missing);
         }
     }
@@ -84,12 +84,14 @@ pub fn engines_of(suite: &Suite, selected: &[String]) -> Vec<String> {
 }
 
 /// The engines that take a cell with these kernels.
-fn taking(kernels: CellKernels, selected: &[String]) -> Vec<String> {
+fn taking(suite: &Suite, kernels: CellKernels, selected: &[String]) -> Vec<String> {
     match kernels {
         CellKernels::Custom => selected.to_vec(),
         CellKernels::Stock => {
             let mut forms: Vec<String> = Vec::new();
-            for form in selected.iter().filter_map(|engine| stock_form_in_suites(engine)) {
+            for form in
+                selected.iter().filter_map(|engine| stock_form_in_suites(engine, suite.all_stock_forms))
+            {
                 if !forms.iter().any(|known| known == form) {
                     forms.push(form.to_owned());
                 }
@@ -102,6 +104,7 @@ fn taking(kernels: CellKernels, selected: &[String]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engines::tuned;
     use crate::scenario::Library;
     use std::collections::BTreeSet;
 
@@ -140,6 +143,25 @@ mod tests {
         };
         assert_eq!(engines(&["burn-flex"]), ["burn-flex"]);
         assert_eq!(engines(&["burn-flex", "burn-flex-stock"]), ["burn-flex", "burn-flex-stock"]);
+    }
+
+    #[test]
+    fn the_suite_of_stock_forms_leaves_none_out_and_gives_each_a_job_that_it_can_do() {
+        let suite = Library::built_in().suite("stock", None).unwrap();
+        let selected: Vec<String> = tuned().map(|engine| engine.name.to_owned()).collect();
+        let engines = engines_of(&suite, &selected);
+        for stock in ["burn-flex-stock", "burn-wgpu-stock", "candle-cpu-stock"] {
+            assert!(engines.iter().any(|engine| engine == stock), "{stock} is not in {engines:?}");
+        }
+        for cell in suite.cells.iter().filter(|c| c.kernels == CellKernels::Stock) {
+            let scenario = &cell.scenario;
+            assert_ne!(scenario.quantization(), Quantization::Nf4, "Burn has none: {scenario:?}");
+            assert!(scenario.training().is_none_or(|t| t.lora_dropout == 0.0), "{scenario:?}");
+            // Beside it stands a job of the same name in the tuned form.
+            let beside =
+                |c: &&SuiteCell| c.kernels == CellKernels::Custom && c.scenario.label() == scenario.label();
+            assert!(suite.cells.iter().any(|c| beside(&c)), "{scenario:?}");
+        }
     }
 
     #[test]

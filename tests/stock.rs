@@ -76,7 +76,10 @@ fn a_stock_form_runs_where_a_suite_asks_for_it_and_stands_beside_the_tuned_one()
 
     let report = fs::read_to_string(workspace.results().join("REPORT.md")).unwrap();
     let (_, table) = report.split_once("Stock beside tuned").expect("no table of stock kernels");
-    for row in ["| candle-cpu | train-s32-b1 | slot tokens/s |", "(native) | generated tokens/s |"] {
+    for row in [
+        "| candle-cpu | train-s32-b1 | NF4 | slot tokens/s |",
+        "| candle-cpu | infer-pp8-tg3 | native | generated tokens/s |",
+    ] {
         assert!(table.contains(row), "{row} is not in: {table}");
     }
 }
@@ -116,7 +119,7 @@ fn a_form_that_an_engine_lacks_is_unavailable_there_and_the_rest_is_measured() {
     }
     // Each has one format of 4 bits.
     let report = fs::read_to_string(workspace.results().join("REPORT.md")).unwrap();
-    let row = "| burn-flex | infer-pp8-tg3 (NF4 beside native) | generated tokens/s |";
+    let row = "| burn-flex | infer-pp8-tg3 | native, tuned NF4 | generated tokens/s |";
     assert!(report.contains(row), "{row} is not in: {report}");
 }
 

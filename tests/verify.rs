@@ -32,7 +32,8 @@ fn burn_on_flex_holds_against_the_whole_reference() {
 fn stock_burn_on_flex_holds_against_the_whole_reference_and_refuses_dropout() {
     let refusal = predicate::str::contains("dropout is refused, not left out")
         .and(predicate::str::contains("lora_dropout 0.25"))
-        .and(predicate::str::contains("native: losses with adapter"))
+        .and(predicate::str::contains("native: weights from the checkpoint's"))
+        .and(predicate::str::contains("native: greedy tokens through the KV cache"))
         .and(predicate::str::contains("NF4").not());
     evalfw(&["verify", "--engine", "burn-flex-stock"]).success().stdout(refusal);
 }
@@ -228,6 +229,18 @@ fn errors_of_the_optimizer_are_caught() {
         ("mean-of-micro-batches", &["20 losses of the curve accumulation"]),
     ];
     all_caught(errors, Scope::Full);
+}
+
+#[test]
+fn a_format_of_the_engines_own_holds_and_its_errors_are_caught_before_a_run() {
+    holds("none native");
+    let distance = "native: weights from the checkpoint's, over the distance of NF4's";
+    let arithmetic = ["native: logits", "native: losses without adapter", "native: adapter gradients"];
+    let errors: &[(&str, &[&str])] =
+        &[("weights-untold native", &arithmetic), ("weights-coarse native", &[distance])];
+    all_caught(errors, Scope::Short);
+    let untold = mutant("weights-untold native", Scope::Short);
+    assert!(untold.failed_checks().all(|check| check.name != distance), "{}", untold.summary());
 }
 
 #[test]

@@ -14,6 +14,9 @@ pub struct StockRow {
     pub engine: String,
     pub stock_engine: String,
     pub job: String,
+    /// How each stores the base.
+    pub stock_base: Quantization,
+    pub tuned_base: Quantization,
     /// E.g. `slot tokens/s`.
     pub figure: &'static str,
     pub stock: Spread,
@@ -29,17 +32,16 @@ pub fn stock_rows(jobs: &[&Job], lines: &Lines) -> Vec<StockRow> {
     for stock in jobs {
         let is_tuned = |job: &&&Job| is_stock_form_of(stock.engine, job.engine);
         for tuned in jobs.iter().filter(is_tuned) {
-            if tuned.label() == stock.label() {
-                rows.extend(compare(tuned, stock, stock.label(), lines));
-            } else if four_bits_each(tuned, stock, jobs) {
-                rows.extend(compare(tuned, stock, format!("{} (NF4 beside native)", stock.scenario), lines));
+            let same_base = tuned.quantization == stock.quantization;
+            if tuned.scenario == stock.scenario && (same_base || four_bits_each(tuned, stock, jobs)) {
+                rows.extend(compare(tuned, stock, lines));
             }
         }
     }
     rows
 }
 
-/// Whether each did the same job on the only format of 4 bits that it has: NF4, and the framework's own.
+/// Whether each did the job on the only format of 4 bits that it has: NF4, and the framework's own.
 fn four_bits_each(tuned: &Job, stock: &Job, jobs: &[&Job]) -> bool {
     let measured = |engine: &str, quantization| {
         jobs.iter().any(|job| {
@@ -51,12 +53,12 @@ fn four_bits_each(tuned: &Job, stock: &Job, jobs: &[&Job]) -> bool {
     };
     let forms = (tuned.quantization, stock.quantization);
     forms == (Quantization::Nf4, Quantization::Native)
-        && tuned.scenario == stock.scenario
         && !measured(tuned.engine, Quantization::Native)
         && !measured(stock.engine, Quantization::Nf4)
 }
 
-fn compare(tuned: &Job, stock: &Job, label: String, lines: &Lines) -> Vec<StockRow> {
+/// Of two that did the same job.
+fn compare(tuned: &Job, stock: &Job, lines: &Lines) -> Vec<StockRow> {
     let cells: Vec<CellRef> = tuned.ok().chain(stock.ok()).map(|cell| lines.refer(cell)).collect();
     figures(tuned)
         .into_iter()
@@ -66,7 +68,9 @@ fn compare(tuned: &Job, stock: &Job, label: String, lines: &Lines) -> Vec<StockR
             Some(StockRow {
                 engine: tuned.engine.to_owned(),
                 stock_engine: stock.engine.to_owned(),
-                job: label.clone(),
+                job: stock.scenario.to_owned(),
+                stock_base: stock.quantization,
+                tuned_base: tuned.quantization,
                 figure,
                 stock: stock_figure,
                 tuned: tuned_figure,

@@ -15,6 +15,8 @@ struct SuiteFile {
     model: String,
     software_adapter_model: String,
     seed: u64,
+    #[serde(default)]
+    all_stock_forms: bool,
     cells: Vec<Table>,
 }
 
@@ -35,6 +37,7 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("suites/long.toml", include_str!("../../scenarios/suites/long.toml")),
     ("suites/full.toml", include_str!("../../scenarios/suites/full.toml")),
     ("suites/large.toml", include_str!("../../scenarios/suites/large.toml")),
+    ("suites/stock.toml", include_str!("../../scenarios/suites/stock.toml")),
 ];
 
 impl Library {
@@ -135,6 +138,7 @@ impl Library {
             model: raw.model,
             software_adapter_model: raw.software_adapter_model,
             seed: raw.seed,
+            all_stock_forms: raw.all_stock_forms,
             cells,
         })
     }
@@ -297,7 +301,7 @@ mod tests {
     #[test]
     fn an_unknown_suite_or_scenario_lists_what_there_is() {
         let library = Library::built_in();
-        assert!(error(&library, "quik").contains("default, full, gpu, large, long, quick"));
+        assert!(error(&library, "quik").contains("default, full, gpu, large, long, quick, stock"));
         let message = format!("{:#}", library.suite("quick", Some(&["trian".into()])).unwrap_err());
         assert!(message.contains("trian") && message.contains("infer, load, quality, train"), "{message}");
     }

@@ -274,6 +274,9 @@ pub struct Suite {
     /// that the engine works without taking an hour.
     pub software_adapter_model: String,
     pub seed: u64,
+    /// Stock forms that suites leave out unless they are named take part too.
+    #[serde(default)]
+    pub all_stock_forms: bool,
     pub cells: Vec<SuiteCell>,
 }
 

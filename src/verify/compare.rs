@@ -65,7 +65,8 @@ pub fn whole(got: &AdapterTensors, expected: &AdapterTensors) -> Deviation {
     Deviation::new(relative_norm(&got, &expected), "all adapter gradients together")
 }
 
-fn relative_norm(got: &[f32], expected: &[f32]) -> f64 {
+/// L2 norm of the difference over that of `expected`.
+pub fn relative_norm(got: &[f32], expected: &[f32]) -> f64 {
     if got.len() != expected.len() {
         return f64::INFINITY;
     }

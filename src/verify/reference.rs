@@ -1,7 +1,6 @@
 //! The golden files: made by transformers, peft and bitsandbytes (see `tests/reference`), compiled in,
 //! and checked against their digests before anything is held against them.
 
-use super::compare::relative;
 use super::manifest::Manifest;
 use super::{Scope, completeness};
 use anyhow::{Context, Result, bail};
@@ -28,6 +27,7 @@ pub struct Reference {
 }
 
 /// One golden model with everything that is known of it.
+#[derive(Clone)]
 pub struct ReferenceModel {
     pub name: String,
     pub model: PathBuf,
@@ -47,6 +47,15 @@ pub struct ReferenceModel {
     pub gradients_dropout: AdapterTensors,
 }
 
+/// What a model computes with other weights for its projections.
+pub struct Expectations {
+    pub prompts: Vec<Prompt>,
+    pub losses: AdapterLosses,
+    /// Of line 0 with `adapter`.
+    pub gradients: AdapterTensors,
+}
+
+#[derive(Clone)]
 pub struct Prompt {
     pub tokens: Vec<u32>,
     /// `[tokens, vocab_size]`
@@ -55,6 +64,7 @@ pub struct Prompt {
     pub continuation: Vec<GreedyToken>,
 }
 
+#[derive(Clone)]
 pub struct GreedyToken {
     pub token: u32,
     /// From its logit to the next best.
@@ -62,13 +72,13 @@ pub struct GreedyToken {
 }
 
 /// The mean loss of each batch.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub struct Losses {
     pub none: AdapterLosses,
     pub nf4: AdapterLosses,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub struct AdapterLosses {
     pub base: Vec<f64>,
     pub adapter: Vec<f64>,
@@ -76,30 +86,16 @@ pub struct AdapterLosses {
 }
 
 impl Losses {
-    /// A framework's own format is held against what it stands for, the unquantized model.
+    /// A framework's own format is held against what it stands for: the unquantized model.
     pub fn of(&self, quantization: Quantization) -> &AdapterLosses {
         match quantization {
             Quantization::None | Quantization::Native => &self.none,
             Quantization::Nf4 => &self.nf4,
         }
     }
-
-    /// The largest relative distances of the losses in NF4 from those without: without adapter, with one, and with
-    /// one that PEFT trained.
-    pub fn distances_of_nf4(&self) -> [f64; 3] {
-        let largest = |nf4: &[f64], none: &[f64]| {
-            nf4.iter().zip(none).map(|(nf4, none)| relative(*nf4, *none)).fold(0.0, f64::max)
-        };
-        let Self { none, nf4 } = self;
-        [
-            largest(&nf4.base, &none.base),
-            largest(&nf4.adapter, &none.adapter),
-            largest(&nf4.trained_adapter, &none.trained_adapter),
-        ]
-    }
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub struct Curve {
     pub settings: CurveSettings,
     pub steps: Vec<CurveStep>,
@@ -117,7 +113,7 @@ pub struct CurveSettings {
     pub dropout_seed: u64,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub struct CurveStep {
     /// Lines of the batches, one for each micro-batch.
     pub lines: Vec<usize>,
@@ -226,6 +222,17 @@ impl Reference {
 }
 
 impl ReferenceModel {
+    /// The same with other expectations of its unquantized form.
+    pub fn expecting(&self, Expectations { prompts, losses, gradients }: Expectations) -> Self {
+        let losses = Losses { none: losses, nf4: self.losses.nf4.clone() };
+        Self { prompts, losses, gradients, ..self.clone() }
+    }
+
+    /// Lines of `batches`.
+    pub fn batch_count(&self) -> usize {
+        self.losses.none.base.len()
+    }
+
     fn read(name: &str, folder: &Path) -> Result<Self> {
         let model = folder.join("model");
         let config = ModelConfig::read(&model)?;

@@ -1,8 +1,13 @@
 //! Dropout on the input of the adapters.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Cube, Dispatch, Flex, TensorMetadata, backend_extension};
+use burn::tensor::{DType, Tensor, TensorData};
+use burn_wgpu::CubeTensor;
+use cubecl::calculate_cube_count_elemwise;
+use cubecl::prelude::*;
 use evalfw_engine::StepInput;
-use evalfw_engine::dropout::MaskKey;
+use evalfw_engine::dropout::{MaskKey, MaskParameters};
 use evalfw_engine::lora::Target;
 
 /// The masks of one micro-batch. The same key gives the same mask again, so that a block can be
@@ -23,8 +28,10 @@ impl Dropout {
 
     /// Drops elements of the flattened `[n, in]` and scales up the others.
     pub fn apply(&self, x: Tensor<2>, layer: usize, target: Target) -> Tensor<2> {
-        let shape = x.dims();
-        let mask = self.mask(layer, target, shape, &x.device().inner());
+        let (rate, key) = self.key(layer, target);
+        let like = x.clone().inner().into_dispatch();
+        let mask = Tensor::from_dispatch(Dispatch::dropout_mask(like, (rate, key)));
+        // Has no gradient, and takes part in a product with one.
         x * mask
     }
 
@@ -33,10 +40,74 @@ impl Dropout {
         let Self { rate, seed, step, micro_batch } = *self;
         (rate, MaskKey { seed, step, micro_batch, layer, target })
     }
+}
 
-    fn mask(&self, layer: usize, target: Target, shape: [usize; 2], device: &Device) -> Tensor<2> {
-        let (rate, key) = self.key(layer, target);
-        let mask = key.mask(rate, shape[0] * shape[1]);
-        Tensor::from_data(TensorData::new(mask, shape), device)
+#[backend_extension(Cube, Flex)]
+trait MaskOps: Backend {
+    /// A mask with the shape of `like`, by its rate and key.
+    fn dropout_mask(like: FloatTensor<Self>, mask: (f32, MaskKey)) -> FloatTensor<Self>;
+}
+
+impl MaskOps for Flex {
+    fn dropout_mask(like: FloatTensor<Self>, (rate, key): (f32, MaskKey)) -> FloatTensor<Self> {
+        let shape = like.shape();
+        let mask = key.mask(rate, shape.num_elements());
+        Self::float_from_data(TensorData::new(mask, shape), &like.device())
+    }
+}
+
+/// Where the mask is used: making it on the host and sending it takes as long as the rest of a step.
+impl MaskOps for Cube {
+    fn dropout_mask(like: CubeTensor, (rate, key): (f32, MaskKey)) -> CubeTensor {
+        let MaskParameters { low, high, threshold, kept } = key.parameters(rate);
+        let (client, shape) = (like.client.clone(), like.shape());
+        let elements = shape.num_elements();
+        let buffer = client.empty(elements * size_of::<f32>());
+        let out = CubeTensor::new_contiguous(client.clone(), like.device.clone(), shape, buffer, DType::F32);
+        let cube_dim = CubeDim::new(&client, elements);
+        let cube_count = calculate_cube_count_elemwise(&client, elements, cube_dim);
+        let target = out.clone().into_buffer_arg();
+        write_mask::launch(&client, cube_count, cube_dim, target, low, high, threshold, kept);
+        out
+    }
+}
+
+/// One thread an element; see [`MaskParameters`].
+#[cube(launch)]
+fn write_mask(out: &mut [f32], low: u32, high: u32, threshold: u32, kept: f32) {
+    let index = ABSOLUTE_POS;
+    if index < out.len() {
+        let hash = mix(mix((index as u32) * 0x9E37_79B9 ^ low) ^ high);
+        out[index] = if hash < threshold { 0f32.into() } else { kept };
+    }
+}
+
+/// The finalizer of MurmurHash3; products wrap around.
+#[cube]
+fn mix(value: u32) -> u32 {
+    let value = (value ^ (value >> 16)) * 0x85EB_CA6B;
+    let value = (value ^ (value >> 13)) * 0xC2B2_AE35;
+    value ^ (value >> 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::all_for_tests;
+    use crate::guard::read;
+
+    #[test]
+    fn masks_are_those_of_the_key_on_every_device() {
+        let input = StepInput { dropout_seed: 0xFEDC_BA98_7654_3210, step: 3, ..StepInput::default() };
+        for rate in [0.05, 0.5] {
+            let dropout = Dropout::new(rate, &input, 1).unwrap();
+            let (rate, key) = dropout.key(5, Target::Up);
+            let shape = [37, 129];
+            for device in all_for_tests() {
+                let ones = Tensor::<2>::ones(shape, &device.device);
+                let found = dropout.apply(ones, 5, Target::Up);
+                assert_eq!(read(found).unwrap(), key.mask(rate, 37 * 129), "{}", device.info.name);
+            }
+        }
     }
 }

@@ -81,7 +81,6 @@ impl Engine for BurnEngine {
                 Variant::Stock => stock::quantizations(),
                 Variant::Tuned | Variant::TunedBf16 => Quantization::usual(),
             },
-            native_4_bits_throughout: self.variant == Variant::Stock,
             threads: rayon::current_num_threads(),
             tunes: self.tuner.is_some(),
         }

@@ -71,7 +71,6 @@ impl Engine for CandleEngine {
             .to_owned(),
             features: device::features(self.kind).into_iter().chain(self.notes.clone()).collect(),
             quantizations: vec![Quantization::None, Quantization::Nf4, Quantization::Native],
-            native_4_bits_throughout: false,
             threads: rayon::current_num_threads(),
             tunes: false,
         }

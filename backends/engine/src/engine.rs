@@ -1,10 +1,10 @@
 //! The two traits that a framework implements.
 
-use crate::Result;
 use crate::batch::Batch;
 use crate::lora::{Adapter, AdapterTensors};
 use crate::protocol::{DeviceMemory, EngineInfo, TrainingConfig, Tuning};
-use crate::weights::WeightLoader;
+use crate::weights::{ProjectionWeights, WeightLoader};
+use crate::{Error, Result};
 
 /// A framework on an opened device.
 ///
@@ -45,6 +45,12 @@ pub trait Model {
     /// The logits of every position of `tokens`, row-major `[tokens, vocab_size]`, by one full forward
     /// pass without a KV cache. For checking an engine; only called with short inputs.
     fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>>;
+
+    /// The projections of the base as they are stored, decoded. For checking an engine's own format; only called
+    /// with small models. Fails with [`Error::Unsupported`] where the engine does not tell.
+    fn decoded_weights(&mut self) -> Result<ProjectionWeights> {
+        Err(Error::unsupported("telling the decoded weights"))
+    }
 
     /// The adapter's current weights.
     fn adapter(&mut self) -> Result<AdapterTensors>;

@@ -22,6 +22,7 @@ mod peft_config;
 pub mod protocol;
 pub mod rope;
 pub mod serve;
+pub mod tensor_file;
 mod tuning;
 pub mod weights;
 

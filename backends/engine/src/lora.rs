@@ -1,9 +1,8 @@
 //! LoRA adapters, on disk in the format of Hugging Face PEFT.
 
 use crate::config::ModelConfig;
-use crate::{Error, Result, peft_config};
-use half::{bf16, f16};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use crate::{Error, Result, peft_config, tensor_file};
+use safetensors::tensor::SafeTensors;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -130,7 +129,7 @@ pub fn read_tensors(path: &Path, model: &ModelConfig, r: usize) -> Result<Adapte
             let [out_features, in_features] = model.projection_shape(target);
             let read = |factor: char, shape: [usize; 2]| {
                 let name = tensor_name(layer, target, factor);
-                read_tensor(&file, &name, shape).map_err(|problem| Error::file(path, problem))
+                tensor_file::read_one(&file, &name, shape).map_err(|problem| Error::file(path, problem))
             };
             let pair = LoraPair { a: read('A', [r, in_features])?, b: read('B', [out_features, r])? };
             tensors.insert((layer, target), pair);
@@ -149,51 +148,20 @@ pub fn read_tensors(path: &Path, model: &ModelConfig, r: usize) -> Result<Adapte
 
 /// Writes adapter tensors, or gradients of the same names, as safetensors.
 pub fn write_tensors(path: &Path, tensors: &AdapterTensors, r: usize) -> Result<()> {
-    let mut named = Vec::new();
-    for ((layer, target), pair) in tensors {
-        for (factor, values, shape) in
-            [('A', &pair.a, vec![r, pair.a.len() / r]), ('B', &pair.b, vec![pair.b.len() / r, r])]
-        {
-            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            named.push((tensor_name(*layer, *target, factor), shape, bytes));
-        }
-    }
-    let views = named
-        .iter()
-        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
-        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
-        .map_err(|e| Error::file(path, e))?;
-    let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    safetensors::serialize_to_file(views, Some(metadata), path).map_err(|e| Error::file(path, e))
+    tensor_file::write(
+        path,
+        tensors.iter().flat_map(|((layer, target), pair)| {
+            let factors =
+                [('A', &pair.a, vec![r, pair.a.len() / r]), ('B', &pair.b, vec![pair.b.len() / r, r])];
+            factors.map(|(factor, values, shape)| {
+                (tensor_name(*layer, *target, factor), shape, values.as_slice())
+            })
+        }),
+    )
 }
 
 fn tensor_name(layer: usize, target: Target, factor: char) -> String {
     format!("base_model.model.model.layers.{layer}.{}.lora_{factor}.weight", target.path())
-}
-
-fn read_tensor(
-    file: &SafeTensors<'_>,
-    name: &str,
-    shape: [usize; 2],
-) -> std::result::Result<Vec<f32>, String> {
-    let tensor = file.tensor(name).map_err(|_| format!("{name} is missing"))?;
-    if tensor.shape() != shape {
-        return Err(format!("{name} has shape {:?}, expected {shape:?}", tensor.shape()));
-    }
-    let values: Vec<f32> = match tensor.dtype() {
-        Dtype::F32 => words(tensor.data()).map(f32::from_le_bytes).collect(),
-        Dtype::BF16 => words(tensor.data()).map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
-        Dtype::F16 => words(tensor.data()).map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-        other => return Err(format!("{name} has dtype {other:?}, expected F32, BF16 or F16")),
-    };
-    match values.iter().position(|v| !v.is_finite()) {
-        Some(index) => Err(format!("{name} is not finite at element {index}")),
-        None => Ok(values),
-    }
-}
-
-fn words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
-    bytes.as_chunks::<N>().0.iter().copied()
 }
 
 #[cfg(test)]

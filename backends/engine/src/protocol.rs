@@ -40,6 +40,7 @@ pub enum Call {
     Prefill(Prefill),
     Decode(Decode),
     Logits(Logits),
+    DecodedWeights(DecodedWeights),
     SaveAdapter(SaveAdapter),
     Memory(Memory),
     Bye(Bye),
@@ -74,6 +75,7 @@ calls! {
     Prefill -> PrefillReport;
     Decode -> DecodeReport;
     Logits -> Done;
+    DecodedWeights -> Done;
     SaveAdapter -> Done;
     Memory -> DeviceMemory;
     Bye -> Done;
@@ -106,9 +108,6 @@ pub struct EngineInfo {
     /// The forms of the base that the engine can load.
     #[serde(default = "Quantization::usual")]
     pub quantizations: Vec<Quantization>,
-    /// The native format has 4 bits on matrices of any width, where another falls back to 8 on narrow ones.
-    #[serde(default)]
-    pub native_4_bits_throughout: bool,
     pub threads: usize,
     /// Chooses kernels by measuring, and wants to do so before anything is timed.
     #[serde(default)]
@@ -363,6 +362,13 @@ pub struct DecodeReport {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Logits {
     pub tokens: Vec<u32>,
+    pub output: PathBuf,
+}
+
+/// Writes the projections as the engine has stored them, decoded to f32, to a safetensors file with the checkpoint's
+/// names and shapes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DecodedWeights {
     pub output: PathBuf,
 }
 

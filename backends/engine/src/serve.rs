@@ -10,13 +10,12 @@ use crate::engine::{Engine, LoadedModel, StepInput, StepResult};
 use crate::lora::{Adapter, LoraConfig, write_tensors};
 use crate::protocol::*;
 use crate::weights::WeightLoader;
-use crate::{Error, Result};
-use safetensors::tensor::{Dtype, TensorView};
+use crate::{Error, Result, tensor_file};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// Opens the device. Called once the pipes are set up, so that a failure travels as a reply.
@@ -119,6 +118,7 @@ impl<'a> Worker<'a> {
             Call::Prefill(call) => reply(self.session()?.prefill(&call)),
             Call::Decode(call) => reply(self.session()?.decode(&call)),
             Call::Logits(call) => reply(self.session()?.tuning(|session| session.logits(&call))),
+            Call::DecodedWeights(call) => reply(self.session()?.decoded_weights(&call)),
             Call::SaveAdapter(call) => reply(self.session()?.save_adapter(&call)),
             Call::Memory(_) => reply(Ok(self.session()?.model.memory())),
             Call::Bye(_) => reply(Ok(Done {})),
@@ -318,7 +318,13 @@ impl Session {
         self.check_tokens(&call.tokens)?;
         let logits = self.model.logits(&call.tokens)?;
         let shape = vec![call.tokens.len(), self.config.vocab_size];
-        write_f32(&call.output, "logits", shape, &logits)?;
+        tensor_file::write(&call.output, [("logits".to_owned(), shape, logits.as_slice())])?;
+        Ok(Done {})
+    }
+
+    fn decoded_weights(&mut self, call: &DecodedWeights) -> Result<Done> {
+        let weights = self.model.decoded_weights()?;
+        tensor_file::write_projections(&call.output, &weights, &self.config)?;
         Ok(Done {})
     }
 
@@ -361,10 +367,4 @@ fn finite(what: &str, value: f64) -> Result<()> {
         true => Ok(()),
         false => Err(Error::not_finite(format_args!("{what} is {value}"))),
     }
-}
-
-fn write_f32(path: &Path, name: &str, shape: Vec<usize>, values: &[f32]) -> Result<()> {
-    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let view = TensorView::new(Dtype::F32, shape, &bytes).map_err(|e| Error::file(path, e))?;
-    safetensors::serialize_to_file([(name, view)], None, path).map_err(|e| Error::file(path, e))
 }

@@ -10,6 +10,7 @@ use bytemuck::Pod;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -55,6 +56,14 @@ impl DenseTensor {
 pub struct Projection {
     pub weight: Weight,
     pub bias: Option<Vec<f32>>,
+}
+
+/// Frozen projections by layer and place, each row-major `[out_features, in_features]`.
+pub type ProjectionWeights = BTreeMap<(usize, Target), Vec<f32>>;
+
+/// A projection's name in a checkpoint.
+pub fn projection_name(layer: usize, target: Target) -> String {
+    format!("model.layers.{layer}.{}.weight", target.path())
 }
 
 /// Reads and quantizes on demand, and keeps the time of both apart from what the engine does with the
@@ -116,8 +125,7 @@ impl<'a> WeightLoader<'a> {
     }
 
     pub fn projection(&mut self, layer: usize, target: Target) -> Result<Projection> {
-        let prefix = format!("model.layers.{layer}.{}", target.path());
-        let name = format!("{prefix}.weight");
+        let name = projection_name(layer, target);
         let shape = self.config().projection_shape(target);
         let weight = match self.quantization {
             // The engine quantizes to its own format, one matrix at a time.
@@ -125,7 +133,7 @@ impl<'a> WeightLoader<'a> {
             Quantization::Nf4 => Weight::Nf4(self.nf4(&name, shape)?),
         };
         let bias = match target.has_bias() {
-            true => Some(self.vector(&format!("{prefix}.bias"))?),
+            true => Some(self.vector(&format!("model.layers.{layer}.{}.bias", target.path()))?),
             false => None,
         };
         Ok(Projection { weight, bias })

@@ -8,17 +8,21 @@ use evalfw_engine::protocol::{Decode, Logits, Prefill, TrainingConfig};
 
 impl Bench<'_> {
     pub fn logits(&mut self, tolerance: f64) -> Result<(), Broken> {
-        let output = self.scratch.path().join("logits.safetensors");
         let mut all = Vec::new();
         for prompt in &self.model.prompts {
-            let call = Logits { tokens: prompt.tokens.clone(), output: output.clone() };
-            self.session.call("logits", call)?;
-            let got = self.session.harness("logits", read_f32(&output, "logits"))?;
+            let got = self.logits_of(&prompt.tokens)?;
             let place = format!("prompt of {} tokens", prompt.tokens.len());
             all.push(Deviation::new(relative_to_largest(&got, &prompt.logits), place));
         }
         self.report("logits", Deviation::largest(all), tolerance);
         Ok(())
+    }
+
+    /// `[tokens, vocab_size]`
+    pub fn logits_of(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Broken> {
+        let output = self.scratch.path().join("logits.safetensors");
+        self.session.call("logits", Logits { tokens: tokens.to_vec(), output: output.clone() })?;
+        self.session.harness("logits", read_f32(&output, "logits"))
     }
 
     pub fn decoding(&mut self) -> Result<(), Broken> {

@@ -1,14 +1,13 @@
 //! The checks of one reference model.
 
 mod forward;
+mod native;
 mod training;
 
 use super::compare::{Deviation, relative};
 use super::reference::ReferenceModel;
 use super::session::{Broken, Session};
-use super::tolerance::{
-    NATIVE_4_BITS_LOGITS, NATIVE_4_BITS_LOSSES_OF_NF4, NATIVE_LOGITS, NATIVE_LOSSES, Tolerances,
-};
+use super::tolerance::Tolerances;
 use super::{Check, Scope, Verdict};
 use crate::worker::WorkerCommand;
 use evalfw_engine::lora::Adapter;
@@ -36,13 +35,14 @@ pub fn run(
         verdict.info = Some(info);
         verdict.tolerances = Some(tolerances);
         let scratch = session.harness("scratch", tempfile::tempdir())?;
-        Bench { session, scratch, model, quantization, tolerances, verdict }.checks(scope)?;
+        Bench { command, session, scratch, model, quantization, tolerances, verdict }.checks(scope)?;
     }
     Ok(())
 }
 
 /// A session with the model loaded in one form, and a folder for what the engine writes.
 struct Bench<'a> {
+    command: &'a WorkerCommand,
     session: Session,
     scratch: TempDir,
     model: &'a ReferenceModel,
@@ -52,7 +52,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn checks(&mut self, scope: Scope) -> Result<(), Broken> {
+    fn checks(mut self, scope: Scope) -> Result<(), Broken> {
         if self.quantization == Quantization::Native {
             return self.native_checks();
         }
@@ -69,21 +69,6 @@ impl Bench<'_> {
             self.dropout(drops)?;
         }
         self.curves(scope)
-    }
-
-    /// No reference has a framework's own format, so that it is held against what it stands for: the unquantized
-    /// model, as far as a quantized one can be near it.
-    fn native_checks(&mut self) -> Result<(), Broken> {
-        let (logits, losses) = match &self.verdict.info {
-            Some(info) if info.native_4_bits_throughout => {
-                let of_nf4 = |distance| NATIVE_4_BITS_LOSSES_OF_NF4 * distance;
-                (NATIVE_4_BITS_LOGITS, self.model.losses.distances_of_nf4().map(of_nf4))
-            }
-            _ => (NATIVE_LOGITS, [NATIVE_LOSSES; 3]),
-        };
-        self.logits(logits)?;
-        self.losses(losses)?;
-        self.gradients_without_reference().map(drop)
     }
 
     fn report(&mut self, name: &str, deviation: Deviation, tolerance: f64) {

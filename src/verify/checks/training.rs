@@ -82,7 +82,7 @@ impl Bench<'_> {
     }
 
     /// The gradients of step 0.
-    fn gradients_of(
+    pub fn gradients_of(
         &mut self,
         adapter: &Path,
         lines: &[usize],

@@ -1,6 +1,11 @@
 //! Errors that are planted into the model folder.
 
 use crate::mutation::{Mutant, Mutation};
+use evalfw_engine::Result;
+use evalfw_engine::checkpoint::Checkpoint;
+use evalfw_engine::lora::Target;
+use evalfw_engine::nf4::Nf4Tensor;
+use evalfw_engine::weights::{ProjectionWeights, projection_name};
 use safetensors::{Dtype, SafeTensors};
 use std::ops::Range;
 use std::path::Path;
@@ -39,6 +44,31 @@ fn round_otherwise(bytes: &mut [u8]) {
             *low_byte ^= 1;
         }
     }
+}
+
+/// What the mutant tells of its own format.
+pub fn told_weights(checkpoint: &Checkpoint, mutation: Mutation) -> Result<ProjectionWeights> {
+    let mut told = ProjectionWeights::new();
+    for layer in 0..checkpoint.config.num_hidden_layers {
+        for target in Target::ALL {
+            let mut reader = checkpoint.reader(&projection_name(layer, target))?;
+            let mut values = vec![0.0; reader.elements()];
+            reader.read_f32(&mut values)?;
+            let shape = checkpoint.config.projection_shape(target);
+            let told_values = match (mutation, layer, target) {
+                (Mutation::WeightsUntold, 1, Target::Up) => values,
+                (Mutation::WeightsCoarse, ..) => three_levels(&values),
+                _ => Nf4Tensor::quantize(shape, &values).dequantize(),
+            };
+            told.insert((layer, target), told_values);
+        }
+    }
+    Ok(told)
+}
+
+fn three_levels(values: &[f32]) -> Vec<f32> {
+    let largest = values.iter().fold(0f32, |largest, v| largest.max(v.abs()));
+    values.iter().map(|v| (v / largest).round() * largest).collect()
 }
 
 fn tensor(bytes: &[u8], name: &str) -> (Range<usize>, Dtype) {

@@ -5,9 +5,10 @@ mod checkpoint;
 mod model;
 mod mutation;
 
+use checkpoint::told_weights;
 use evalfw_candle::{CandleDevice, Variant, open};
 use evalfw_engine::checkpoint::Checkpoint;
-use evalfw_engine::protocol::{EngineInfo, LoadTimes};
+use evalfw_engine::protocol::{EngineInfo, LoadTimes, Quantization};
 use evalfw_engine::serve::serve_stdio;
 use evalfw_engine::weights::WeightLoader;
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
@@ -34,6 +35,9 @@ impl Engine for MutantEngine {
         if self.mutant.says_bf16 {
             info.compute_dtype = "bf16".into();
         }
+        if self.mutant.native {
+            info.quantizations.push(Quantization::Native);
+        }
         info
     }
 
@@ -42,7 +46,13 @@ impl Engine for MutantEngine {
         checkpoint::alter(&loader.checkpoint().dir, altered.path(), &self.mutant);
         let checkpoint = Checkpoint::open(altered.path())?;
         let mut times = LoadTimes::default();
-        let model = self.engine.load(WeightLoader::new(&checkpoint, loader.quantization(), &mut times))?;
-        Ok(Box::new(MutantModel::new(model, self.mutant)))
+        let (form, decoded) = match loader.quantization() {
+            Quantization::Native => {
+                (Quantization::Nf4, Some(told_weights(&checkpoint, self.mutant.mutation)?))
+            }
+            other => (other, None),
+        };
+        let model = self.engine.load(WeightLoader::new(&checkpoint, form, &mut times))?;
+        Ok(Box::new(MutantModel::new(model, self.mutant, decoded)))
     }
 }

@@ -6,6 +6,7 @@ use crate::mutation::{Mutant, Mutation};
 use evalfw_engine::batch::{Batch, IGNORE_INDEX};
 use evalfw_engine::lora::{Adapter, AdapterTensors, LoraPair, Target};
 use evalfw_engine::protocol::{DeviceMemory, TrainingConfig};
+use evalfw_engine::weights::ProjectionWeights;
 use evalfw_engine::{Error, Evaluation, LoadedModel, Model, Result, StepInput, StepResult};
 use half::bf16;
 
@@ -13,6 +14,8 @@ pub struct MutantModel {
     model: LoadedModel,
     mutant: Mutant,
     attached: Option<Attached>,
+    /// Where it was loaded in its own format.
+    decoded: Option<ProjectionWeights>,
 }
 
 struct Attached {
@@ -28,8 +31,8 @@ enum Use {
 }
 
 impl MutantModel {
-    pub fn new(model: LoadedModel, mutant: Mutant) -> Self {
-        Self { model, mutant, attached: None }
+    pub fn new(model: LoadedModel, mutant: Mutant, decoded: Option<ProjectionWeights>) -> Self {
+        Self { model, mutant, attached: None, decoded }
     }
 
     fn attached(&mut self) -> Result<&mut Attached> {
@@ -138,6 +141,10 @@ impl Model for MutantModel {
             logits.iter_mut().for_each(round);
         }
         Ok(logits)
+    }
+
+    fn decoded_weights(&mut self) -> Result<ProjectionWeights> {
+        self.decoded.clone().ok_or_else(|| Error::protocol("the model is in no format of its own"))
     }
 
     fn adapter(&mut self) -> Result<AdapterTensors> {

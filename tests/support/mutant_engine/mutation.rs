@@ -38,6 +38,10 @@ pub enum Mutation {
     NoClipping,
     /// Each micro-batch counts alike, however many supervised positions it has.
     MeanOfMicroBatches,
+    /// Of the weights of its own format it tells those of one matrix from before they were quantized.
+    WeightsUntold,
+    /// It tells weights of three levels.
+    WeightsCoarse,
 }
 
 impl Mutation {
@@ -62,6 +66,8 @@ impl Mutation {
             "coupled-weight-decay" => Self::CoupledWeightDecay,
             "no-clipping" => Self::NoClipping,
             "mean-of-micro-batches" => Self::MeanOfMicroBatches,
+            "weights-untold" => Self::WeightsUntold,
+            "weights-coarse" => Self::WeightsCoarse,
             _ => return None,
         })
     }
@@ -74,17 +80,20 @@ pub struct Mutant {
     pub rounds: bool,
     /// Says so.
     pub says_bf16: bool,
+    /// Has NF4 as a format of its own too, and tells its weights.
+    pub native: bool,
 }
 
 impl Mutant {
     pub fn parse(arguments: &[String]) -> Result<Self, String> {
         let [mutation, flags @ ..] = arguments else { return Err("which mutation?".into()) };
         let mutation = Mutation::parse(mutation).ok_or_else(|| format!("no mutation {mutation}"))?;
-        let mut mutant = Self { mutation, rounds: false, says_bf16: false };
+        let mut mutant = Self { mutation, rounds: false, says_bf16: false, native: false };
         for flag in flags {
             match flag.as_str() {
                 "rounds" => mutant.rounds = true,
                 "says-bf16" => mutant.says_bf16 = true,
+                "native" => mutant.native = true,
                 other => return Err(format!("no flag {other}")),
             }
         }

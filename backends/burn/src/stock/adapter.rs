@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 /// `base` on `device`, which is one with autodiff, with the given factors in place of Burn's random ones.
 pub fn attach(base: &Qwen2, adapter: &Adapter, config: &ModelConfig, device: &Device) -> Result<Qwen2> {
-    let projections = base.projections().map(|linear| linear.weight.id).collect();
+    let projections = base.projections().map(|(_, linear)| linear.weight.id).collect();
     let lora = Lora::new(adapter.config.r, adapter.config.lora_alpha)
         .set_param_group(ParamGroup::from_ids(projections));
     let network = base.clone().to_device(device).apply_lora(lora);
@@ -63,10 +63,9 @@ impl ModuleMapper for Factors {
 
 /// The adapters of all projections.
 pub fn attached(network: &Qwen2) -> Result<Vec<(usize, Target, &LoraAdapter)>> {
-    let places = (0..network.blocks.len()).flat_map(|layer| Target::ALL.map(|target| (layer, target)));
     let none = || Error::framework("Burn attached no adapter to a projection");
-    places
-        .zip(network.projections())
+    network
+        .projections()
         .map(|((layer, target), linear)| Ok((layer, target, linear.weight.adapter().ok_or_else(none)?)))
         .collect()
 }

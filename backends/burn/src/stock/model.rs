@@ -12,7 +12,7 @@ use evalfw_engine::batch::Batch;
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::lora::{Adapter, AdapterTensors};
 use evalfw_engine::protocol::{DeviceMemory, TrainingConfig};
-use evalfw_engine::weights::WeightLoader;
+use evalfw_engine::weights::{ProjectionWeights, WeightLoader};
 use evalfw_engine::{Error, Evaluation, Model, Result, StepInput, StepResult};
 
 pub struct StockModel {
@@ -158,6 +158,10 @@ impl Model for StockModel {
             let pass = Pass::new(&self.config, 0, prompt.len(), &self.device);
             read(network.logits(network.hidden(tokens(prompt, 1, &self.device), &pass, None)))
         })
+    }
+
+    fn decoded_weights(&mut self) -> Result<ProjectionWeights> {
+        guard(|| weights::decoded(&self.base))
     }
 
     fn adapter(&mut self) -> Result<AdapterTensors> {

@@ -79,8 +79,11 @@ impl Qwen2 {
     }
 
     /// The adapted projections, by layer, then in the order of [`Target::ALL`].
-    pub fn projections(&self) -> impl Iterator<Item = &Linear> {
-        self.blocks.iter().flat_map(|block| Target::ALL.map(|target| block.projection(target)))
+    pub fn projections(&self) -> impl Iterator<Item = ((usize, Target), &Linear)> {
+        self.blocks
+            .iter()
+            .enumerate()
+            .flat_map(|(layer, block)| Target::ALL.map(|target| ((layer, target), block.projection(target))))
     }
 }
 
@@ -119,18 +122,28 @@ impl Attention {
             None => [key, value],
         };
 
-        // Each key-value head serves a group of query heads.
-        let group = query_heads / key_value_heads;
-        let seen = key.dims()[2];
-        let repeat = |x: Tensor<4>| {
-            let repeated: Tensor<5> = x.unsqueeze_dim::<5>(2).repeat_dim(2, group);
-            repeated.reshape([batch, query_heads, seen, dim])
-        };
         // A single position sees everything before it.
         let options = AttentionModuleOptions { is_causal: positions > 1, ..Default::default() };
-        let mixed = attention(query, repeat(key), repeat(value), None, None, options);
+        let [key, value] = [key, value].map(|x| for_each_query_head(x, query_heads));
+        let mixed = attention(query, key, value, None, None, options);
         self.output.forward(mixed.swap_dims(1, 2).reshape([batch, positions, query_heads * dim]))
     }
+}
+
+/// Repeats each key-value head, `[batch, key-value heads, positions, dim]`, for its group of query heads.
+///
+/// Groups of one are left alone, and not only because it is quicker: their gradient would be a sum over a dimension of
+/// length 1 before two that are swapped in memory, and cubek-reduce 0.3.1, which Burn 0.22 sums with on a GPU, gives it
+/// wrongly. For the width of its vectors it counts the dimensions that input and output have in the same order in
+/// memory, and goes on counting after the first that they have not: `[3, 2, 2, 3]` with the last two swapped is
+/// summed wrongly over the first.
+fn for_each_query_head(x: Tensor<4>, query_heads: usize) -> Tensor<4> {
+    let [batch, heads, positions, dim] = x.dims();
+    if heads == query_heads {
+        return x;
+    }
+    let repeated: Tensor<5> = x.unsqueeze_dim::<5>(2).repeat_dim(2, query_heads / heads);
+    repeated.reshape([batch, query_heads, positions, dim])
 }
 
 /// Appends new positions and returns all so far.
@@ -150,4 +163,40 @@ pub fn tokens(flat: &[u32], batch: usize, device: &Device) -> Tensor<2, Int> {
     let values: Vec<i32> = flat.iter().map(|&token| token as i32).collect();
     let shape = [batch, values.len() / batch];
     Tensor::from_data(TensorData::new(values, shape), device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::all_for_tests;
+    use crate::guard::read;
+
+    fn values<const D: usize>(shape: [usize; D], place: usize, device: &Device) -> Tensor<D> {
+        let values =
+            (0..shape.iter().product::<usize>()).map(|i| ((i * place) as f32 * 0.7311).sin()).collect();
+        Tensor::from_data(TensorData::new::<f32, _>(values, shape), device)
+    }
+
+    /// The gradient of the keys, of the sum of the scores times random values.
+    fn gradient(heads: usize, query_heads: usize, device: &Device) -> Vec<f32> {
+        let (positions, dim) = (5, 4);
+        let device = &device.clone().autodiff();
+        let key = values([2, heads, positions, dim], 1, device).require_grad();
+        let query = values([2, query_heads, positions, dim], 2, device);
+        let scores = query.matmul(for_each_query_head(key.clone(), query_heads).transpose());
+        let gradients = (scores * values([2, query_heads, positions, positions], 3, device)).sum().backward();
+        read(key.grad(&gradients).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_gradient_of_the_keys_is_the_same_on_all_devices_whatever_the_groups() {
+        for (heads, query_heads) in [(2, 2), (1, 1), (1, 2), (2, 6)] {
+            let expected = gradient(heads, query_heads, &Device::flex());
+            for device in all_for_tests() {
+                let found = gradient(heads, query_heads, &device.device);
+                let alike = found.iter().zip(&expected).all(|(f, e)| (f - e).abs() < 1e-4);
+                assert!(alike, "{heads} for {query_heads} on {}: {found:?}, {expected:?}", device.info.name);
+            }
+        }
+    }
 }

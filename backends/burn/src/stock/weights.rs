@@ -1,13 +1,14 @@
 //! A checkpoint's weights as parameters of Burn's modules.
 
 use super::network::{Attention, Block, Qwen2};
+use crate::guard::read;
 use burn::module::{Module, Param, ParamGroup, Quantizer};
 use burn::nn::{Embedding, Linear, RmsNorm, SwiGlu};
 use burn::tensor::quantization::{Calibration, QuantScheme, QuantValue, ScaleDtype};
 use burn::tensor::{Device, Tensor, TensorData};
 use evalfw_engine::lora::Target;
 use evalfw_engine::protocol::Quantization;
-use evalfw_engine::weights::{DenseTensor, Weight, WeightLoader};
+use evalfw_engine::weights::{DenseTensor, ProjectionWeights, Weight, WeightLoader};
 use evalfw_engine::{Error, Result};
 use std::time::Instant;
 
@@ -80,6 +81,15 @@ pub fn scheme(out_features: usize, device: &Device) -> Option<QuantScheme> {
     Some(scheme.with_value(QuantValue::Q4S).per_block([block], ScaleDtype::F32))
 }
 
+/// The projections as Burn decodes them.
+pub fn decoded(network: &Qwen2) -> Result<ProjectionWeights> {
+    let weights = network.projections().map(|(place, linear)| {
+        let weight = linear.weight.val().dequantize().transpose();
+        Ok((place, read(weight)?))
+    });
+    weights.collect()
+}
+
 fn norm(weight: Vec<f32>, epsilon: f64, device: &Device) -> RmsNorm {
     RmsNorm { gamma: frozen(vector(weight, device)), epsilon }
 }
@@ -107,7 +117,6 @@ fn frozen<const D: usize>(value: Tensor<D>) -> Param<Tensor<D>> {
 mod tests {
     use super::*;
     use crate::device::all_for_tests;
-    use crate::guard::read;
     use burn::module::{Lora, QLora};
     use burn::tensor::DType;
 

@@ -3,6 +3,8 @@
 use super::{Aligned, BYTES, GROUP, NIBBLES};
 use std::arch::x86_64::*;
 
+/// Bytes by which codes are fetched ahead.
+const AHEAD: usize = 2048;
 /// Bytes of a register.
 const REGISTER: usize = 32;
 
@@ -20,6 +22,11 @@ fn product(vector: &[Aligned], row: &[[u8; BYTES]]) -> i32 {
     let ones = _mm256_set1_epi16(1);
     let mut sum = _mm256_setzero_si256();
     for (packed, vector) in row.iter().zip(vector) {
+        // A group is longer than a line of the cache; what is fetched need not be there.
+        for line in [0, NIBBLES] {
+            // SAFETY: nothing is read that the program sees.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD + line).cast()) };
+        }
         // SAFETY: what is loaded lies within the groups.
         let load = |place: usize| unsafe { _mm256_loadu_si256(packed.as_ptr().add(place).cast()) };
         let (nibbles, pairs) = ([load(0), load(REGISTER)], load(NIBBLES));
