@@ -1,5 +1,6 @@
 //! Dropout on the input of the adapters.
 
+use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Cube, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Tensor, TensorData};
@@ -31,7 +32,6 @@ impl Dropout {
         let (rate, key) = self.key(layer, target);
         let like = x.clone().inner().into_dispatch();
         let mask = Tensor::from_dispatch(Dispatch::dropout_mask(like, (rate, key)));
-        // Has no gradient, and takes part in a product with one.
         x * mask
     }
 
@@ -52,7 +52,7 @@ impl MaskOps for Flex {
     fn dropout_mask(like: FloatTensor<Self>, (rate, key): (f32, MaskKey)) -> FloatTensor<Self> {
         let shape = like.shape();
         let mask = key.mask(rate, shape.num_elements());
-        Self::float_from_data(TensorData::new(mask, shape), &like.device())
+        FlexTensor::from_data(TensorData::new(mask, shape))
     }
 }
 
@@ -77,12 +77,18 @@ impl MaskOps for Cube {
 fn write_mask(out: &mut [f32], low: u32, high: u32, threshold: u32, kept: f32) {
     let index = ABSOLUTE_POS;
     if index < out.len() {
-        let hash = mix(mix((index as u32) * 0x9E37_79B9 ^ low) ^ high);
-        out[index] = if hash < threshold { 0f32.into() } else { kept };
+        let hash = mix(mix(spread(index as u32) ^ low) ^ high);
+        out[index] = select(hash < threshold, 0.0, kept);
     }
 }
 
-/// The finalizer of MurmurHash3; products wrap around.
+/// Wraps around, as all products here.
+#[cube]
+fn spread(element: u32) -> u32 {
+    element * 0x9E37_79B9
+}
+
+/// The finalizer of MurmurHash3.
 #[cube]
 fn mix(value: u32) -> u32 {
     let value = (value ^ (value >> 16)) * 0x85EB_CA6B;
@@ -98,7 +104,7 @@ mod tests {
 
     #[test]
     fn masks_are_those_of_the_key_on_every_device() {
-        let input = StepInput { dropout_seed: 0xFEDC_BA98_7654_3210, step: 3, ..StepInput::default() };
+        let input = StepInput { dropout_seed: 0xFEDC_BA98_7654_3210, step: 3, micro_batches: &[] };
         for rate in [0.05, 0.5] {
             let dropout = Dropout::new(rate, &input, 1).unwrap();
             let (rate, key) = dropout.key(5, Target::Up);

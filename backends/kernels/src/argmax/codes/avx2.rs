@@ -24,8 +24,7 @@ fn product(vector: &[Aligned], row: &[[u8; BYTES]]) -> i32 {
     for (packed, vector) in row.iter().zip(vector) {
         // A group is longer than a line of the cache; what is fetched need not be there.
         for line in [0, NIBBLES] {
-            // SAFETY: nothing is read that the program sees.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD + line).cast()) };
+            _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD + line).cast());
         }
         // SAFETY: what is loaded lies within the groups.
         let load = |place: usize| unsafe { _mm256_loadu_si256(packed.as_ptr().add(place).cast()) };
