@@ -13,7 +13,7 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 #[derive(Debug, Clone, Serialize)]
 pub enum Availability {
     #[serde(rename = "info")]
-    Available(EngineInfo),
+    Available(Box<EngineInfo>),
     #[serde(rename = "problem")]
     Unavailable(Reason),
 }
@@ -40,7 +40,7 @@ pub fn probe(engine: &str, threads: Option<usize>) -> Availability {
         Ok(info) => {
             // It has told what was asked; how it ends changes nothing.
             let _ = client.finish();
-            Availability::Available(info)
+            Availability::Available(Box::new(info))
         }
         Err(failure) => unavailable(failure, client.stderr_tail()),
     }

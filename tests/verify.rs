@@ -34,7 +34,7 @@ fn stock_burn_on_flex_holds_against_the_whole_reference_and_refuses_dropout() {
         .and(predicate::str::contains("lora_dropout 0.25"))
         .and(predicate::str::contains("native: weights from the checkpoint's"))
         .and(predicate::str::contains("native: greedy tokens through the KV cache"))
-        .and(predicate::str::contains("NF4").not());
+        .and(predicate::str::contains("NF4:").not());
     evalfw(&["verify", "--engine", "burn-flex-stock"]).success().stdout(refusal);
 }
 

@@ -143,7 +143,7 @@ fn table(checks: &[Check]) -> Table {
             check.model.clone(),
             check.name.clone(),
             format!("{:.1e}", check.deviation),
-            format!("{:.0e}", check.tolerance),
+            format!("{:e}", check.tolerance),
             if check.passed { "ok" } else { "WRONG" }.to_owned(),
             check.detail.clone(),
         ]);

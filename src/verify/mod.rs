@@ -100,7 +100,7 @@ impl Verdict {
             .failed_checks()
             .map(|c| {
                 format!(
-                    "{} on {}: {:.2e}, tolerance {:.0e} ({})",
+                    "{} on {}: {:.2e}, tolerance {:e} ({})",
                     c.name, c.model, c.deviation, c.tolerance, c.detail
                 )
             })

@@ -1,4 +1,4 @@
-//! The adapters of this machine, and the one that is taken: the first GPU, or else what the user chose.
+//! The adapters of this machine, and the one that is taken: what the user chose, or else the first GPU.
 
 use crate::device::GRAPHICS_API;
 use burn::tensor::DeviceKind as Selector;
