@@ -1,17 +1,21 @@
 //! NF4 with AVX2, in integers of 16 bits.
 //!
 //! AVX2 looks up bytes: two look-ups give a level in 16 bits, and four, with many more shuffles, one in f32. So the
-//! levels are taken as multiples of 1/32767, and each block of the vector as 16-bit multiples of a scale of its own.
-//! Products and the sums of a block are exact in 32 bits; blocks are added up in f32. A product of random
-//! vectors is off by some 4e-5 of its usual size (rounding the factors to bf16: 2e-3).
+//! levels are taken as multiples of 1/[`ONE`], and each block of the vector as 16-bit multiples of a scale of its own,
+//! and what is left over as multiples of a finer one. Products and the sums of a block are exact in 32 bits; blocks are
+//! added up in f32. What remains is the rounding of the levels: a product of random vectors is off by some 1e-5 of its
+//! usual size (rounding the factors to bf16: 2e-3).
 
 use crate::nf4::avx2::{absmax, nibbles, table};
 use evalfw_engine::nf4::{BLOCK, LEVELS, Nf4Tensor};
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-/// What stands for a level of 1.
-const ONE: f32 = 32767.0;
+/// What stands for a level of 1: of the numbers of 15 bits the one whose multiples are nearest to the levels, 3.7e-6 in
+/// the mean.
+const ONE: f32 = 25545.0;
+/// Steps of the finer scale in one of the coarser.
+const FINE: f32 = 16384.0;
 /// Bytes by which codes are fetched ahead: what the CPU fetches by itself stops at the end of a page.
 const AHEAD: usize = 2048;
 /// Lanes of sums in a register.
@@ -21,8 +25,8 @@ const WORDS: usize = 16;
 /// Registers of a block.
 const PARTS: usize = BLOCK / WORDS;
 /// What the sizes of the factors of one lane may add up to: times [`ONE`] they fit into 32 bits. Rounding adds half to
-/// each of its eight.
-const LARGEST_SUM: f32 = 65535.0 - 4.0;
+/// each of its eight. Eight times half of [`FINE`] is less.
+const LARGEST_SUM: f32 = 84066.0 - 4.0;
 
 thread_local! {
     /// Memory to work in.
@@ -31,7 +35,10 @@ thread_local! {
 
 /// A block of the vector, in the order in which the levels of its weights are looked up.
 #[repr(align(32))]
-struct Block([[i16; WORDS]; PARTS]);
+struct Block {
+    coarse: [[i16; WORDS]; PARTS],
+    fine: [[i16; WORDS]; PARTS],
+}
 
 /// A vector of whole blocks.
 pub struct Blocks {
@@ -82,28 +89,40 @@ impl Blocks {
     #[inline]
     fn product(&self, codes: &[[u8; BLOCK / 2]], scales: &[f32], tables: &[__m256i; 2]) -> f32 {
         let mut sum = _mm256_setzero_ps();
+        let step = _mm256_set1_ps(1.0 / FINE);
         for ((codes, scale), x) in codes.iter().zip(scales).zip(&self.blocks) {
-            // SAFETY: a register has 32 bytes, and `x` is aligned. What is fetched ahead need not be there.
-            let (codes, x) = unsafe {
+            // SAFETY: a register has 32 bytes. What is fetched ahead need not be there.
+            let codes = unsafe {
                 _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
-                let x: [__m256i; PARTS] = std::array::from_fn(|i| _mm256_load_si256(x.0[i].as_ptr().cast()));
-                (_mm256_loadu_si256(codes.as_ptr().cast()), x)
+                _mm256_loadu_si256(codes.as_ptr().cast())
             };
-            let mut products = [_mm256_setzero_si256(); 2];
-            for (half, codes) in nibbles(codes).into_iter().enumerate() {
-                let [low, high] = tables.map(|table| _mm256_shuffle_epi8(table, codes));
-                products[half] = _mm256_add_epi32(
-                    _mm256_madd_epi16(_mm256_unpacklo_epi8(low, high), x[2 * half]),
-                    _mm256_madd_epi16(_mm256_unpackhi_epi8(low, high), x[2 * half + 1]),
-                );
-            }
-            let products = _mm256_cvtepi32_ps(_mm256_add_epi32(products[0], products[1]));
+            let [second, first] = nibbles(codes);
+            let look_up = |codes| tables.map(|table| _mm256_shuffle_epi8(table, codes));
+            let ([a, b], [c, d]) = (look_up(second), look_up(first));
+            let levels = [
+                _mm256_unpacklo_epi8(a, b),
+                _mm256_unpackhi_epi8(a, b),
+                _mm256_unpacklo_epi8(c, d),
+                _mm256_unpackhi_epi8(c, d),
+            ];
+            let (coarse, fine) = (sums_of_block(levels, &x.coarse), sums_of_block(levels, &x.fine));
+            let products = _mm256_fmadd_ps(fine, step, coarse);
             sum = _mm256_fmadd_ps(products, _mm256_set1_ps(*scale), sum);
         }
         let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
         let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
         _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))
     }
+}
+
+/// The products of some levels and a part of the vector, in the lanes of their sums.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn sums_of_block(levels: [__m256i; PARTS], x: &[[i16; WORDS]; PARTS]) -> __m256 {
+    // SAFETY: the parts are as large as a register, and begin where one may.
+    let x: [__m256i; PARTS] = std::array::from_fn(|i| unsafe { _mm256_load_si256(x[i].as_ptr().cast()) });
+    let [a, b, c, d]: [__m256i; PARTS] = std::array::from_fn(|i| _mm256_madd_epi16(levels[i], x[i]));
+    _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)))
 }
 
 /// Which weight of a block is word `word` of register `part`: those of the low nibbles, which are second in their
@@ -124,13 +143,20 @@ fn block(x: &[f32; BLOCK]) -> (Block, f32) {
     }
     let largest_sum = sums.into_iter().fold(0f32, f32::max);
     let scale = (largest / f32::from(i16::MAX)).max(largest_sum / LARGEST_SUM);
+    let mut block = Block { coarse: [[0; WORDS]; PARTS], fine: [[0; WORDS]; PARTS] };
     if !scale.is_normal() {
         // Nothing that the sum would show.
-        return (Block([[0; WORDS]; PARTS]), 0.0);
+        return (block, 0.0);
     }
-    let words =
-        std::array::from_fn(|part| std::array::from_fn(|word| (x[place(part, word)] / scale).round() as i16));
-    (Block(words), scale / ONE)
+    for part in 0..PARTS {
+        for word in 0..WORDS {
+            let value = x[place(part, word)] / scale;
+            let coarse = value.round();
+            block.coarse[part][word] = coarse as i16;
+            block.fine[part][word] = ((value - coarse) * FINE).round() as i16;
+        }
+    }
+    (block, scale / ONE)
 }
 
 #[cfg(test)]
@@ -138,8 +164,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The largest distance from sums in f64, and what it may be: each factor of a term is off by a few steps of
-    /// 2⁻¹⁶ of the largest of its block, and errors of different terms have different signs.
+    /// The largest distance from sums in f64, and what it may be: each level is off by at most
+    /// 1e-5 of the largest of its block, and errors of different terms have different signs.
     fn distance(tensor: &Nf4Tensor, x: &[f32]) -> (f64, f64) {
         let [height, width] = tensor.shape;
         let mut out = vec![0.0; height];
@@ -153,7 +179,7 @@ mod tests {
             most = most.max((f64::from(*out) - exact).abs());
             scale = row.iter().fold(scale, |scale, w| scale.max(f64::from(w.abs())));
         }
-        (most, 4e-4 * (width as f64).sqrt() * scale * largest)
+        (most, 4e-5 * (width as f64).sqrt() * scale * largest)
     }
 
     fn is_there() -> bool {
