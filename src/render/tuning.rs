@@ -24,9 +24,14 @@ pub fn tuning_rows(jobs: &[Job], lines: &Lines) -> Vec<TuningRow> {
     jobs.iter().filter_map(|job| row(job, lines)).collect()
 }
 
+/// A cell that only loads a model has no choice to make.
+fn chose(tuning: &Tuning) -> bool {
+    tuning.measured + tuning.cached + tuning.late > 0
+}
+
 fn row(job: &Job, lines: &Lines) -> Option<TuningRow> {
     let tuned: Vec<(&CellRecord, Tuning)> =
-        job.ok().filter_map(|cell| Some((cell, cell.samples.tuning?))).collect();
+        job.ok().filter_map(|cell| Some((cell, cell.samples.tuning.filter(chose)?))).collect();
     let each = || tuned.iter().map(|(_, tuning)| tuning);
     (!tuned.is_empty()).then(|| TuningRow {
         engine: job.engine.to_owned(),

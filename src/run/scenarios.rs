@@ -23,8 +23,10 @@ pub fn run(session: &mut Session<'_>, cell: &Cell, inputs: &ModelInputs) -> Resu
     }
     let memory = session.call("memory", Memory {})?;
     session.samples.device_memory = Some(memory);
-    // Of all that was timed as well: what came too late to be measured is in it.
-    tune(session, Tune::default)?;
+    if session.tunes {
+        // Of all that was timed as well: what came too late to be measured is in it.
+        session.samples.tuning = Some(session.call("tuning figures", Tune::default())?);
+    }
     Ok(())
 }
 

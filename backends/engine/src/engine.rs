@@ -67,7 +67,7 @@ pub trait Model {
     /// Waits until the device has finished all work given to it.
     fn synchronize(&mut self) -> Result<()>;
 
-    /// The allocator's own figures.
+    /// The allocator's own figures. The serve loop asks for them after each call, off every clock.
     fn memory(&self) -> DeviceMemory;
 }
 

@@ -396,7 +396,7 @@ pub struct DeviceMemory {
     pub reserved_bytes: Option<u64>,
     /// The most bytes of the device that were taken while the process ran, tuning left out; where a framework
     /// cannot tell its own share, what other processes hold is in it, and where it knows no peak, `reserved_bytes`
-    /// was sampled.
+    /// was looked at again and again.
     #[serde(default)]
     pub peak_bytes: Option<u64>,
 }
