@@ -35,9 +35,6 @@ impl Engine for MutantEngine {
         if self.mutant.says_bf16 {
             info.compute_dtype = "bf16".into();
         }
-        if self.mutant.native {
-            info.quantizations.push(Quantization::Native);
-        }
         info
     }
 
@@ -47,7 +44,7 @@ impl Engine for MutantEngine {
         let checkpoint = Checkpoint::open(altered.path())?;
         let mut times = LoadTimes::default();
         let (form, decoded) = match loader.quantization() {
-            Quantization::Native => {
+            Quantization::Native if self.mutant.native => {
                 (Quantization::Nf4, Some(told_weights(&checkpoint, self.mutant.mutation)?))
             }
             other => (other, None),

@@ -144,7 +144,10 @@ impl Model for MutantModel {
     }
 
     fn decoded_weights(&mut self) -> Result<ProjectionWeights> {
-        self.decoded.clone().ok_or_else(|| Error::protocol("the model is in no format of its own"))
+        match &self.decoded {
+            Some(told) => Ok(told.clone()),
+            None => self.model.decoded_weights(),
+        }
     }
 
     fn adapter(&mut self) -> Result<AdapterTensors> {

@@ -80,7 +80,7 @@ pub struct Mutant {
     pub rounds: bool,
     /// Says so.
     pub says_bf16: bool,
-    /// Has NF4 as a format of its own too, and tells its weights.
+    /// Has NF4 in the place of candle's own format, and tells its weights.
     pub native: bool,
 }
 
