@@ -1,6 +1,6 @@
 //! Turns the framework's two ways of failing, panics and errors of its own, into ours.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use evalfw_engine::{Error, Result};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -50,6 +50,12 @@ fn with_cause(message: String, cause: Option<&String>) -> Error {
 /// Reads a tensor back, row-major. This is where a device reports what went wrong before.
 pub fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
     tensor.try_into_vec_as::<f32>().map_err(Error::framework)
+}
+
+/// Waits for all that was asked of a device. By reading a value back, which comes after all before it and fails where
+/// the device has failed; Burn's own `sync` waits forever where the driver refuses what it submits.
+pub fn wait_for(device: &Device) -> Result<()> {
+    guard(|| read(Tensor::<1>::from_data([0f32], device)).map(drop))
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {

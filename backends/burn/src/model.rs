@@ -1,7 +1,7 @@
 //! A loaded model, as the contract wants it.
 
 use crate::attention::LayerCache;
-use crate::guard::guard;
+use crate::guard::{guard, wait_for};
 use crate::lora::{Lora, download};
 use crate::network::Network;
 use crate::optimizer::{self, AdamW};
@@ -146,7 +146,7 @@ impl Model for BurnModel {
     }
 
     fn synchronize(&mut self) -> Result<()> {
-        guard(|| self.network.device.sync().map_err(Error::framework))
+        wait_for(&self.network.device)
     }
 
     fn memory(&self) -> DeviceMemory {

@@ -155,10 +155,16 @@ mod tests {
             let small = ones(4 << 20, &device.device);
             watch.memory();
             assert!(sampling());
-            // The same pool serves it.
-            let alike = ones(4 << 20, &device.device);
-            let settled = watch.memory();
-            assert!(!sampling());
+            // Sooner or later one pool serves them all.
+            let mut alike = Vec::new();
+            let settled = loop {
+                alike.push(ones(4 << 20, &device.device));
+                let memory = watch.memory();
+                if !sampling() {
+                    break memory;
+                }
+                assert!(alike.len() < 8, "{:?}", super::pools(&device.device));
+            };
             assert_eq!(settled.peak_bytes, settled.reserved_bytes);
             // This needs larger pages.
             let large = ones(32 << 20, &device.device);

@@ -2,7 +2,7 @@
 
 use super::network::{LayerCache, Pass, Qwen2, tokens};
 use super::{adapter, training, weights};
-use crate::guard::{guard, read};
+use crate::guard::{guard, read, wait_for};
 use crate::model::no_adapter;
 use crate::pool::PoolWatch;
 use burn::module::Module;
@@ -172,7 +172,7 @@ impl Model for StockModel {
     }
 
     fn synchronize(&mut self) -> Result<()> {
-        guard(|| self.device.sync().map_err(Error::framework))
+        wait_for(&self.device)
     }
 
     fn memory(&self) -> DeviceMemory {
