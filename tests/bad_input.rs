@@ -106,12 +106,7 @@ fn unknown_names_list_the_known_ones() {
 #[test]
 fn an_unknown_key_in_a_scenario_of_ones_own() {
     let workspace = Workspace::new();
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
-    let scenarios = workspace.path("scenarios");
-    fs::create_dir_all(scenarios.join("suites")).unwrap();
-    for name in ["load.toml", "train.toml", "infer.toml", "suites/quick.toml"] {
-        fs::copy(source.join(name), scenarios.join(name)).unwrap();
-    }
+    let scenarios = workspace.scenarios();
     let train = scenarios.join("train.toml");
     let text = fs::read_to_string(&train).unwrap();
     fs::write(&train, text.replace("packing = true", "packign = true")).unwrap();

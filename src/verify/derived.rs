@@ -169,7 +169,7 @@ impl Source<'_> {
         let (mut all, mut last) = (tokens.clone(), logits.clone());
         let mut continuation = Vec::new();
         for _ in 0..CONTINUATION {
-            let token = best_two(&last[last.len() - self.config.vocab_size..]);
+            let token = GreedyToken::of_largest(&last[last.len() - self.config.vocab_size..]);
             all.push(token.token);
             continuation.push(token);
             last = self.logits(&all)?;
@@ -236,17 +236,4 @@ impl Source<'_> {
     fn lines(&self, lines: Vec<usize>) -> BatchRef {
         BatchRef { file: self.files.batches.clone(), lines }
     }
-}
-
-/// The token of the largest logit, and how far the next is.
-fn best_two(logits: &[f32]) -> GreedyToken {
-    let (mut best, mut next) = ((0, f32::NEG_INFINITY), f32::NEG_INFINITY);
-    for (token, &logit) in (0..).zip(logits) {
-        if logit > best.1 {
-            (best, next) = ((token, logit), best.1);
-        } else {
-            next = next.max(logit);
-        }
-    }
-    GreedyToken { token: best.0, gap: f64::from(best.1) - f64::from(next) }
 }

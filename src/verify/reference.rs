@@ -71,6 +71,23 @@ pub struct GreedyToken {
     pub gap: f64,
 }
 
+impl GreedyToken {
+    /// `token` with the logits of its position.
+    pub fn new(token: u32, logits: &[f32]) -> Self {
+        let chosen = logits.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+        let others = logits.iter().enumerate().filter(|(other, _)| *other != token as usize);
+        let best_other = others.fold(f32::NEG_INFINITY, |best, (_, logit)| best.max(*logit));
+        Self { token, gap: f64::from(chosen) - f64::from(best_other) }
+    }
+
+    /// The first of the largest logit.
+    pub fn of_largest(logits: &[f32]) -> Self {
+        let larger = |best: (u32, f32), at: (u32, &f32)| if *at.1 > best.1 { (at.0, *at.1) } else { best };
+        let (token, _) = (0..).zip(logits).fold((0, f32::NEG_INFINITY), larger);
+        Self::new(token, logits)
+    }
+}
+
 /// The mean loss of each batch.
 #[derive(Clone, Deserialize)]
 pub struct Losses {

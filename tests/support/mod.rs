@@ -60,14 +60,20 @@ impl Workspace {
         command
     }
 
-    /// Scenarios whose suite `quick` trains for so many steps, so that there is time to interfere.
-    pub fn scenarios_of_steps(&self, steps: usize) -> PathBuf {
+    /// A copy of the scenarios of the suite `quick`, to change.
+    pub fn scenarios(&self) -> PathBuf {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
-        let scenarios = self.path("long");
+        let scenarios = self.path("scenarios");
         fs::create_dir_all(scenarios.join("suites")).unwrap();
         for name in ["load.toml", "train.toml", "infer.toml", "suites/quick.toml"] {
             fs::copy(source.join(name), scenarios.join(name)).unwrap();
         }
+        scenarios
+    }
+
+    /// Scenarios whose suite `quick` trains for so many steps, so that there is time to interfere.
+    pub fn scenarios_of_steps(&self, steps: usize) -> PathBuf {
+        let scenarios = self.scenarios();
         let quick = scenarios.join("suites/quick.toml");
         let text = fs::read_to_string(&quick).unwrap();
         fs::write(&quick, text.replace("steps = 2", &format!("steps = {steps}"))).unwrap();

@@ -1,9 +1,10 @@
 //! Dropout on the input of the adapters.
 
+use crate::buffer::unwritten;
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Cube, Dispatch, Flex, TensorMetadata, backend_extension};
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 use burn_wgpu::CubeTensor;
 use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::*;
@@ -60,10 +61,8 @@ impl MaskOps for Flex {
 impl MaskOps for Cube {
     fn dropout_mask(like: CubeTensor, (rate, key): (f32, MaskKey)) -> CubeTensor {
         let MaskParameters { low, high, threshold, kept } = key.parameters(rate);
-        let (client, shape) = (like.client.clone(), like.shape());
-        let elements = shape.num_elements();
-        let buffer = client.empty(elements * size_of::<f32>());
-        let out = CubeTensor::new_contiguous(client.clone(), like.device.clone(), shape, buffer, DType::F32);
+        let out = unwritten(&like, like.shape());
+        let (client, elements) = (out.client.clone(), out.shape().num_elements());
         let cube_dim = CubeDim::new(&client, elements);
         let cube_count = calculate_cube_count_elemwise(&client, elements, cube_dim);
         let target = out.clone().into_buffer_arg();

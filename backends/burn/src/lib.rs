@@ -3,6 +3,8 @@
 //!
 //! | module | idea |
 //! |---|---|
+//! | `adapter_file` | files in the cache that are about one adapter |
+//! | `buffer` | memory of a GPU for results |
 //! | `adapters` | which GPU is taken where there are several |
 //! | `device` | opens a device and says what it is |
 //! | `pool` | what a GPU's memory pools hold, and the most that they held |
@@ -20,9 +22,11 @@
 //! | `model` | the contract, on top of all of these |
 //! | `stock` | the form without kernels of ours, with the same contract |
 
+mod adapter_file;
 mod adapters;
 mod attention;
 mod block;
+mod buffer;
 mod device;
 mod dropout;
 mod embedding;

@@ -93,7 +93,12 @@ pub mod avx2 {
                 *sum = _mm256_fmadd_ps(a, b, *sum);
             }
         }
-        let sum = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+        sum_of_lanes(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])))
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    pub fn sum_of_lanes(sum: __m256) -> f32 {
         let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
         let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
         _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))

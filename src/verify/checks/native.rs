@@ -98,7 +98,7 @@ impl Bench<'_> {
         let vocab_size = self.model.config.vocab_size;
         let after_prompt = logits.chunks_exact(vocab_size).skip(tokens.len() - 1);
         let continuation =
-            continuation.into_iter().zip(after_prompt).map(|(token, logits)| greedy(token, logits));
+            continuation.into_iter().zip(after_prompt).map(|(token, logits)| GreedyToken::new(token, logits));
         let continuation = continuation.collect();
         Ok(Prompt { logits: logits[..tokens.len() * vocab_size].to_vec(), tokens, continuation })
     }
@@ -106,13 +106,6 @@ impl Bench<'_> {
     fn all_losses(&mut self) -> Result<Vec<f64>, Broken> {
         (0..self.model.batch_count()).map(|line| self.evaluate(line)).collect()
     }
-}
-
-fn greedy(token: u32, logits: &[f32]) -> GreedyToken {
-    let chosen = logits.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
-    let others = logits.iter().enumerate().filter(|(other, _)| *other != token as usize);
-    let best_other = others.fold(f32::NEG_INFINITY, |best, (_, logit)| best.max(*logit));
-    GreedyToken { token, gap: f64::from(chosen) - f64::from(best_other) }
 }
 
 /// The largest distance of a projection from the checkpoint's, over that of the same one in NF4.

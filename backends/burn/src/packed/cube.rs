@@ -3,9 +3,10 @@
 use super::{
     Decode, Packed, PackedOps, Storage, WordFormat, matmul_by_decoding, matmul_transposed_by_decoding,
 };
+use crate::buffer::unwritten;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Cube, CubeDevice, TensorMetadata};
-use burn::tensor::{DType, Device, Int, Shape, Tensor, TensorData};
+use burn::backend::{Cube, TensorMetadata};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_wgpu::CubeTensor;
 use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::*;
@@ -83,9 +84,7 @@ fn multiply_row(x: CubeTensor, weight: &Packed<Cube>) -> CubeTensor {
     assert_eq!(*x.shape(), [1, weight.columns], "the row does not fit the matrix");
     let client = words.client.clone();
     let rows = weight.rows.len();
-    let buffer = client.empty(rows * size_of::<f32>());
-    let shape = Shape::new([1, rows]);
-    let out = CubeTensor::new_contiguous(client.clone(), x.device.clone(), shape, buffer, DType::F32);
+    let out = unwritten(&x, [1, rows]);
 
     let lanes = lanes(&client);
     let cube_rows = UNITS / lanes;
@@ -112,13 +111,10 @@ fn multiply_row(x: CubeTensor, weight: &Packed<Cube>) -> CubeTensor {
 }
 
 impl Decode for Cube {
-    fn decode(weight: &Packed<Self>, rows: Range<usize>, device: &CubeDevice) -> FloatTensor<Self> {
+    fn decode(weight: &Packed<Self>, rows: Range<usize>) -> FloatTensor<Self> {
         let (words, format) = words_of(weight);
-        let shape = Shape::new([rows.len(), weight.columns]);
-        let elements = shape.num_elements();
-        let client = words.client.clone();
-        let buffer = client.empty(elements * size_of::<f32>());
-        let out = CubeTensor::new_contiguous(client.clone(), device.clone(), shape, buffer, DType::F32);
+        let out = unwritten(words, [rows.len(), weight.columns]);
+        let (client, elements) = (out.client.clone(), out.shape().num_elements());
         let cube_dim = CubeDim::new(&client, elements);
         let cube_count = calculate_cube_count_elemwise(&client, elements, cube_dim);
         let first = (rows.start * weight.columns) as u32;

@@ -69,7 +69,7 @@ pub trait PackedOps: Backend {
 /// What a backend has to bring for the products by decoding.
 trait Decode: ProductOps {
     /// The `rows` of the stored matrix as f32, `[rows, columns]`.
-    fn decode(weight: &Packed<Self>, rows: Range<usize>, device: &Self::Device) -> FloatTensor<Self>;
+    fn decode(weight: &Packed<Self>, rows: Range<usize>) -> FloatTensor<Self>;
 }
 
 fn pieces<B: Decode>(weight: &Packed<B>) -> impl Iterator<Item = Range<usize>> + use<B> {
@@ -79,9 +79,8 @@ fn pieces<B: Decode>(weight: &Packed<B>) -> impl Iterator<Item = Range<usize>> +
 }
 
 fn matmul_by_decoding<B: Decode>(x: FloatTensor<B>, weight: &Packed<B>) -> FloatTensor<B> {
-    let device = x.device();
     let mut parts: Vec<_> = pieces(weight)
-        .map(|rows| B::product(x.clone(), B::float_transpose(B::decode(weight, rows, &device))))
+        .map(|rows| B::product(x.clone(), B::float_transpose(B::decode(weight, rows))))
         .collect();
     match parts.len() {
         1 => parts.remove(0),
@@ -90,13 +89,12 @@ fn matmul_by_decoding<B: Decode>(x: FloatTensor<B>, weight: &Packed<B>) -> Float
 }
 
 fn matmul_transposed_by_decoding<B: Decode>(y: FloatTensor<B>, weight: &Packed<B>) -> FloatTensor<B> {
-    let device = y.device();
     let count = y.shape()[0];
     let first = weight.rows.start;
     let product = |rows: Range<usize>| {
         let columns = rows.start - first..rows.end - first;
         let y = B::float_slice(y.clone(), &[Slice::from(0..count), Slice::from(columns)]);
-        B::product(y, B::decode(weight, rows, &device))
+        B::product(y, B::decode(weight, rows))
     };
     let sum = pieces(weight).map(product).reduce(B::float_add);
     sum.expect("a matrix has rows")

@@ -1,6 +1,7 @@
 //! What a GPU has passed once, in a file of its own: the check of long sequences takes a software adapter twenty seconds. It
 //! is checked again where anything of the key is another: the adapter, its driver, burn, or this build.
 
+use crate::adapter_file::{path_part, write_whole};
 use evalfw_engine::protocol::DeviceInfo;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,7 +24,7 @@ impl Passed {
             env!("CARGO_PKG_VERSION"),
             build()?
         );
-        Some(Self { path: folder.join(file_name(&[&device.name, driver])), key })
+        Some(Self { path: folder.join(path_part(&format!("{} {driver}", device.name)) + ".txt"), key })
     }
 
     pub fn is_remembered(&self) -> bool {
@@ -31,11 +32,7 @@ impl Passed {
     }
 
     pub fn remember(&self) -> std::io::Result<()> {
-        fs::create_dir_all(self.path.parent().unwrap_or(Path::new(".")))?;
-        // Whole at once, for another worker may be reading it.
-        let draft = self.path.with_extension(std::process::id().to_string());
-        fs::write(&draft, &self.key)?;
-        fs::rename(draft, &self.path)
+        write_whole(&self.path, self.key.as_bytes())
     }
 }
 
@@ -46,34 +43,16 @@ fn build() -> Option<String> {
     Some(format!("{} bytes of {}", file.len(), time.as_nanos()))
 }
 
-/// Different names may become one: the key in the file tells them apart.
-fn file_name(parts: &[&str]) -> String {
-    let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
-    let name: String = parts.join("-").chars().map(plain).take(120).collect();
-    name + ".txt"
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use evalfw_engine::protocol::DeviceKind;
-
-    fn device(name: &str, driver: &str) -> DeviceInfo {
-        DeviceInfo {
-            kind: DeviceKind::DiscreteGpu,
-            name: name.into(),
-            driver: Some(driver.into()),
-            software: false,
-            memory_bytes: None,
-        }
-    }
+    use crate::adapter_file::gpu;
 
     #[test]
     fn only_the_same_check_of_the_same_adapter_and_driver_is_remembered() {
         let folder = tempfile::tempdir().unwrap();
-        let of = |name, driver, lengths: &[usize]| {
-            Passed::of(folder.path(), &device(name, driver), lengths).unwrap()
-        };
+        let of =
+            |name, driver, lengths: &[usize]| Passed::of(folder.path(), &gpu(name, driver), lengths).unwrap();
         let passed = of("GPU 1", "Vulkan 1.0", &[1024, 2048]);
         assert!(!passed.is_remembered());
         passed.remember().unwrap();
@@ -89,7 +68,7 @@ mod tests {
     #[test]
     fn a_file_that_was_cut_off_is_no_verdict() {
         let folder = tempfile::tempdir().unwrap();
-        let passed = Passed::of(folder.path(), &device("GPU", "Vulkan"), &[1024]).unwrap();
+        let passed = Passed::of(folder.path(), &gpu("GPU", "Vulkan"), &[1024]).unwrap();
         passed.remember().unwrap();
         let file = fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
         fs::write(&file, &passed.key[..passed.key.len() - 3]).unwrap();

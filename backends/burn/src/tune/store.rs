@@ -3,10 +3,10 @@
 
 use super::candidate::Candidate;
 use super::problem::Problem;
+use crate::adapter_file::{path_part, write_whole};
 use evalfw_engine::protocol::DeviceInfo;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 pub struct Store {
@@ -67,41 +67,15 @@ impl Store {
         all.extend(found);
         let choices = all.into_iter().map(|(product, kernel)| Entry { product, kernel }).collect();
         let content = Content { choices, ..self.head.clone() };
-        let folder = self.path.parent().unwrap_or(Path::new("."));
-        std::fs::create_dir_all(folder)?;
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        serde_json::to_writer_pretty(&mut file, &content)?;
-        file.flush()?;
-        file.persist(&self.path)?;
-        Ok(())
-    }
-}
-
-/// A name of letters, digits and dashes.
-fn path_part(name: &str) -> String {
-    let known = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c.to_ascii_lowercase() } else { '-' };
-    let part: String = name.trim().chars().map(known).take(120).collect();
-    match part.trim_matches(['-', '.']) {
-        "" => "unnamed".to_owned(),
-        part => part.to_owned(),
+        write_whole(&self.path, &serde_json::to_vec_pretty(&content)?)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter_file::gpu;
     use crate::tune::problem::Layout;
-    use evalfw_engine::protocol::DeviceKind;
-
-    fn device(name: &str, driver: &str) -> DeviceInfo {
-        DeviceInfo {
-            kind: DeviceKind::DiscreteGpu,
-            name: name.to_owned(),
-            driver: Some(driver.to_owned()),
-            software: false,
-            memory_bytes: None,
-        }
-    }
 
     fn found(rows: usize, kernel: Candidate) -> BTreeMap<Problem, Candidate> {
         let (lhs, rhs) = (Layout::Rows, Layout::Columns);
@@ -111,7 +85,7 @@ mod tests {
     #[test]
     fn adapters_and_drivers_do_not_share_what_was_found() {
         let cache = tempfile::tempdir().unwrap();
-        let store = |name: &str, driver: &str| Store::of(cache.path(), &device(name, driver));
+        let store = |name: &str, driver: &str| Store::of(cache.path(), &gpu(name, driver));
         store("NVIDIA H100", "Vulkan 1").write(found(8, Candidate::Gemm)).unwrap();
         assert_eq!(store("NVIDIA H100", "Vulkan 1").read(), found(8, Candidate::Gemm));
         // The last two have the same path.
@@ -125,7 +99,7 @@ mod tests {
     #[test]
     fn what_was_found_adds_up_and_a_broken_file_is_made_anew() {
         let cache = tempfile::tempdir().unwrap();
-        let store = || Store::of(cache.path(), &device("../../GPU (1)", ""));
+        let store = || Store::of(cache.path(), &gpu("../../GPU (1)", ""));
         assert!(store().path.starts_with(cache.path().join("autotune")), "{:?}", store().path);
         store().write(found(8, Candidate::Gemm)).unwrap();
         store().write(found(16, Candidate::Naive)).unwrap();

@@ -6,6 +6,7 @@
 //! added up in f32. What remains is the rounding of the levels: a product of random vectors is off by some 1e-5 of its
 //! usual size (rounding the factors to bf16: 2e-3).
 
+use crate::dot::avx2::sum_of_lanes;
 use crate::nf4::avx2::{absmax, nibbles, table};
 use evalfw_engine::nf4::{BLOCK, LEVELS, Nf4Tensor};
 use std::arch::x86_64::*;
@@ -109,9 +110,7 @@ impl Blocks {
             let products = _mm256_fmadd_ps(fine, step, coarse);
             sum = _mm256_fmadd_ps(products, _mm256_set1_ps(*scale), sum);
         }
-        let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
-        let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-        _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))
+        sum_of_lanes(sum)
     }
 }
 

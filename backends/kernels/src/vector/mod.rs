@@ -52,7 +52,9 @@ impl<'a> Vector<'a> {
             #[cfg(target_arch = "x86_64")]
             chunks: avx512::Chunks::new(matrices, x),
             #[cfg(target_arch = "x86_64")]
-            blocks: rows_in_16_bits().then(|| avx2::Blocks::new(x)).flatten(),
+            blocks: (rows_in_16_bits() && matrices.iter().any(|m| matches!(m.elements, Elements::Nf4(_))))
+                .then(|| avx2::Blocks::new(x))
+                .flatten(),
         }
     }
 
