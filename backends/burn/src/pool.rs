@@ -116,6 +116,20 @@ mod tests {
     use crate::BurnDevice;
     use crate::device::all_for_tests;
     use burn::tensor::Tensor;
+    use std::process::Command;
+
+    /// Runs a test in a process of its own: other tests of this one use the same devices, and so the same pools.
+    fn alone(name: &str, test: impl FnOnce()) {
+        const IS_ALONE: &str = "EVALFW_TEST_IS_ALONE";
+        if std::env::var_os(IS_ALONE).is_some() {
+            return test();
+        }
+        let this = std::env::current_exe().unwrap();
+        let name = format!("pool::tests::{name}");
+        let output = Command::new(this).args(["--exact", &name]).env(IS_ALONE, "1").output().unwrap();
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && printed.contains("1 passed"), "{printed}");
+    }
 
     fn ones(bytes: usize, device: &Device) -> Tensor<1> {
         let tensor = Tensor::ones([bytes / 4], device);
@@ -125,54 +139,58 @@ mod tests {
 
     #[test]
     fn the_peak_is_that_of_memory_that_is_given_back_already() {
-        for device in all_for_tests() {
-            let watch = PoolWatch::start(&device.device);
-            if device.kind == BurnDevice::Flex {
-                assert_eq!(watch.memory(), DeviceMemory::default());
-                continue;
+        alone("the_peak_is_that_of_memory_that_is_given_back_already", || {
+            for device in all_for_tests() {
+                let watch = PoolWatch::start(&device.device);
+                if device.kind == BurnDevice::Flex {
+                    assert_eq!(watch.memory(), DeviceMemory::default());
+                    continue;
+                }
+                let size = 64 << 20;
+                let bytes = |figure: Option<u64>| figure.unwrap();
+                let before = watch.memory();
+                let tensor = ones(size, &device.device);
+                std::thread::sleep(10 * INTERVAL);
+                drop(tensor);
+                device.device.memory_cleanup();
+                let after = watch.memory();
+                assert!(bytes(after.peak_bytes) >= bytes(before.reserved_bytes) + size as u64, "{after:?}");
+                assert!(bytes(after.reserved_bytes) < bytes(after.peak_bytes), "{after:?}");
+                watch.clean_up();
+                let anew = watch.memory();
+                assert_eq!(anew.peak_bytes, anew.reserved_bytes);
             }
-            let size = 64 << 20;
-            let bytes = |figure: Option<u64>| figure.unwrap();
-            let before = watch.memory();
-            let tensor = ones(size, &device.device);
-            std::thread::sleep(10 * INTERVAL);
-            drop(tensor);
-            device.device.memory_cleanup();
-            let after = watch.memory();
-            assert!(bytes(after.peak_bytes) >= bytes(before.reserved_bytes) + size as u64, "{after:?}");
-            assert!(bytes(after.reserved_bytes) < bytes(after.peak_bytes), "{after:?}");
-            watch.clean_up();
-            let anew = watch.memory();
-            assert_eq!(anew.peak_bytes, anew.reserved_bytes);
-        }
+        });
     }
 
     #[test]
     fn settled_pools_are_not_sampled_and_a_change_in_them_leaves_the_peak_unknown() {
-        for device in all_for_tests().into_iter().filter(|device| device.kind == BurnDevice::Wgpu) {
-            let watch = PoolWatch::start(&device.device);
-            let sampling = || watch.shared.sampling.load(Ordering::Relaxed);
-            let small = ones(4 << 20, &device.device);
-            watch.memory();
-            assert!(sampling());
-            // Sooner or later one pool serves them all.
-            let mut alike = Vec::new();
-            let settled = loop {
-                alike.push(ones(4 << 20, &device.device));
-                let memory = watch.memory();
-                if !sampling() {
-                    break memory;
-                }
-                assert!(alike.len() < 8, "{:?}", super::pools(&device.device));
-            };
-            assert_eq!(settled.peak_bytes, settled.reserved_bytes);
-            // This needs larger pages.
-            let large = ones(32 << 20, &device.device);
-            assert_eq!(watch.memory().peak_bytes, None);
-            assert!(sampling());
-            drop((small, alike, large));
-            watch.clean_up();
-            assert!(watch.memory().peak_bytes.is_some());
-        }
+        alone("settled_pools_are_not_sampled_and_a_change_in_them_leaves_the_peak_unknown", || {
+            for device in all_for_tests().into_iter().filter(|device| device.kind == BurnDevice::Wgpu) {
+                let watch = PoolWatch::start(&device.device);
+                let sampling = || watch.shared.sampling.load(Ordering::Relaxed);
+                let small = ones(4 << 20, &device.device);
+                watch.memory();
+                assert!(sampling());
+                // Sooner or later one pool serves them all.
+                let mut alike = Vec::new();
+                let settled = loop {
+                    alike.push(ones(4 << 20, &device.device));
+                    let memory = watch.memory();
+                    if !sampling() {
+                        break memory;
+                    }
+                    assert!(alike.len() < 8, "{:?}", super::pools(&device.device));
+                };
+                assert_eq!(settled.peak_bytes, settled.reserved_bytes);
+                // This needs larger pages.
+                let large = ones(32 << 20, &device.device);
+                assert_eq!(watch.memory().peak_bytes, None);
+                assert!(sampling());
+                drop((small, alike, large));
+                watch.clean_up();
+                assert!(watch.memory().peak_bytes.is_some());
+            }
+        });
     }
 }
