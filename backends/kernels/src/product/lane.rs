@@ -1,10 +1,5 @@
 //! What a lane of a panel or a tile holds.
 
-#[cfg(target_arch = "x86_64")]
-use crate::level::{Level, level};
-#[cfg(target_arch = "x86_64")]
-use crate::transpose::{SIDE, copy_transposed};
-
 use half::bf16;
 
 /// One f32, or the bf16 of two neighbouring depths.
@@ -29,34 +24,6 @@ pub trait Lane: Copy + Default + Send + Sync + 'static {
     /// Joins the values of two neighbouring depths in bf16.
     fn join_bf16(_first: &[bf16], _second: &[bf16], _lanes: &mut [Self]) {
         unreachable!("lanes of another type");
-    }
-
-    /// Turns rows of `width` into a panel of `lanes` rows, a square after the other, where the CPU does so in
-    /// registers and the panel is full. Returns how many squares of the depth are done.
-    fn turn_squares(rows: &[Self], width: usize, panel: &mut [Self], lanes: usize) -> usize {
-        #[cfg(target_arch = "x86_64")]
-        if level() == Level::Avx512
-            && size_of::<Self>() == size_of::<u32>()
-            && lanes.is_multiple_of(SIDE)
-            && rows.len() == lanes * width
-        {
-            let squares = width / SIDE;
-            assert!(panel.len() >= squares * SIDE * lanes);
-            for square in 0..squares {
-                for lane in (0..lanes).step_by(SIDE) {
-                    // SAFETY: a lane is as large as a u32; both squares are within what was just compared, and the
-                    // CPU has the instructions of the level.
-                    unsafe {
-                        let from = rows.as_ptr().add(lane * width + square * SIDE).cast();
-                        let to = panel.as_mut_ptr().add(square * SIDE * lanes + lane).cast();
-                        copy_transposed(from, width, to, lanes);
-                    }
-                }
-            }
-            return squares;
-        }
-        let _ = (rows, width, panel, lanes);
-        0
     }
 }
 

@@ -15,7 +15,7 @@ mod strip;
 use crate::level::{Level, level};
 use crate::matrix::{HostMatrix, LowRank, Products};
 #[cfg(target_arch = "x86_64")]
-use crate::transpose;
+use crate::transpose::Squares;
 use evalfw_engine::nf4::BLOCK;
 use half::bf16;
 use lane::Lane;
@@ -335,18 +335,20 @@ impl Destination {
     /// As of [`put`](Self::put).
     unsafe fn put_squares(&self, columns: &Range<usize>, sums: &[f32], lanes: usize, step: usize) -> Turned {
         #[cfg(target_arch = "x86_64")]
-        if level() == Level::Avx512 && lanes.is_multiple_of(transpose::SIDE) {
-            let whole = |n: usize| n / transpose::SIDE * transpose::SIDE;
+        if let Some(squares) = Squares::of_this_cpu()
+            && lanes.is_multiple_of(squares.side)
+        {
+            let side = squares.side;
+            let whole = |n: usize| n / side * side;
             let turned = Turned { rows: whole(self.rows), columns: whole(columns.len()) };
-            for row in (0..turned.rows).step_by(transpose::SIDE) {
-                for column in (0..turned.columns).step_by(transpose::SIDE) {
+            for row in (0..turned.rows).step_by(side) {
+                for column in (0..turned.columns).step_by(side) {
                     let from = &sums[row / lanes * lanes * step + column * lanes + row % lanes..];
-                    assert!(from.len() >= (transpose::SIDE - 1) * lanes + transpose::SIDE);
-                    // SAFETY: the square of sums is there, and that of the matrix is ours by the contract; the CPU has
-                    // the instructions of the level.
+                    assert!(from.len() >= (side - 1) * lanes + side);
+                    // SAFETY: the square of sums is there, and that of the matrix is ours by the contract.
                     unsafe {
                         let to = self.start.add(row * self.width + columns.start + column);
-                        transpose::copy_transposed(from.as_ptr().cast(), lanes, to.cast(), self.width);
+                        squares.copy(from.as_ptr().cast(), lanes, to.cast(), self.width);
                     }
                 }
             }

@@ -2,6 +2,8 @@
 
 use super::lane::Lane;
 use crate::filled::filled;
+#[cfg(target_arch = "x86_64")]
+use crate::transpose::Squares;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -34,15 +36,43 @@ pub fn panels<L: Lane>(x: &[f32], depth: usize, part: Range<usize>, lanes: usize
 
 /// Rows of `width` as columns of `lanes`.
 fn turn<L: Lane>(rows: &[L], width: usize, piece: &mut [L], lanes: usize) {
-    let turned = L::turn_squares(rows, width, piece, lanes);
-    for (square, columns) in piece.chunks_mut(lanes * SQUARE).enumerate().skip(turned) {
+    let turned = turn_squares(rows, width, piece, lanes);
+    for (square, columns) in piece[turned * lanes..].chunks_mut(lanes * SQUARE).enumerate() {
         let columns_here = columns.len() / lanes;
         for (lane, row) in rows.chunks(width).enumerate() {
-            for (column, &value) in columns.chunks_mut(lanes).zip(&row[square * SQUARE..][..columns_here]) {
+            let row = &row[turned + square * SQUARE..][..columns_here];
+            for (column, &value) in columns.chunks_mut(lanes).zip(row) {
                 column[lane] = value;
             }
         }
     }
+}
+
+/// The same for whole squares, where the CPU turns them in registers and the panel is full. Returns how much of the
+/// width is done.
+fn turn_squares<L: Lane>(rows: &[L], width: usize, piece: &mut [L], lanes: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(squares) = Squares::of_this_cpu()
+        && size_of::<L>() == size_of::<u32>()
+        && lanes.is_multiple_of(squares.side)
+        && rows.len() == lanes * width
+    {
+        let side = squares.side;
+        let whole = width / side * side;
+        assert!(piece.len() >= whole * lanes);
+        for first in (0..whole).step_by(side) {
+            for lane in (0..lanes).step_by(side) {
+                // SAFETY: a lane is as large as a u32; both squares are within what was just compared.
+                unsafe {
+                    let from = rows.as_ptr().add(lane * width + first).cast();
+                    squares.copy(from, width, piece.as_mut_ptr().add(first * lanes + lane).cast(), lanes);
+                }
+            }
+        }
+        return whole;
+    }
+    let _ = (rows, width, piece, lanes);
+    0
 }
 
 #[cfg(test)]

@@ -1,10 +1,10 @@
 //! NF4 with AVX2, in integers of 16 bits.
 //!
 //! AVX2 looks up bytes: two look-ups give a level in 16 bits, and four, with many more shuffles, one in f32. So the
-//! levels are taken as multiples of 1/[`ONE`], and each block of the vector as 16-bit multiples of a scale of its own,
-//! and what is left over as multiples of a finer one. Products and the sums of a block are exact in 32 bits; blocks are
-//! added up in f32. What remains is the rounding of the levels: a product of random vectors is off by some 1e-5 of its
-//! usual size (rounding the factors to bf16: 2e-3).
+//! levels are taken as multiples of 1/[`ONE`], and each block of the vector as 16-bit multiples of a scale of its own.
+//! What is left over, less than one of these multiples, is multiplied by the upper byte of the levels alone. Sums of a
+//! block are exact in 32 bits; blocks are added up in f32. What remains is the rounding of the levels: a product of
+//! random vectors is off by some 1e-5 of its usual size (rounding the factors to bf16: 2e-3).
 
 use crate::dot::avx2::sum_of_lanes;
 use crate::nf4::avx2::{absmax, nibbles, table};
@@ -15,30 +15,42 @@ use std::cell::RefCell;
 /// What stands for a level of 1: of the numbers of 15 bits the one whose multiples are nearest to the levels, 3.7e-6 in
 /// the mean.
 const ONE: f32 = 25545.0;
-/// Steps of the finer scale in one of the coarser.
-const FINE: f32 = 16384.0;
+/// Steps of what is left over in one multiple of the scale. Four of them times the upper bytes of the levels fit into 16
+/// bits.
+const STEPS: f32 = 64.0;
+/// What stands for one step times one unit of a level's upper byte.
+const STEP: i16 = 256 / STEPS as i16;
 /// Bytes by which codes are fetched ahead: what the CPU fetches by itself stops at the end of a page.
 const AHEAD: usize = 2048;
 /// Lanes of sums in a register.
 const LANES: usize = 8;
 /// Words in a register.
 const WORDS: usize = 16;
+/// Bytes in a register.
+const BYTES: usize = 32;
 /// Registers of a block.
 const PARTS: usize = BLOCK / WORDS;
-/// What the sizes of the factors of one lane may add up to: times [`ONE`] they fit into 32 bits. Rounding adds half to
-/// each of its eight. Eight times half of [`FINE`] is less.
-const LARGEST_SUM: f32 = 84066.0 - 4.0;
+/// What the sizes of the factors of one lane may add up to: times [`ONE`] they fit into 32 bits. Rounding adds up to
+/// one to each of its eight, and what is left over as much again.
+const LARGEST_SUM: f32 = 84066.0 - 16.0;
+/// The largest multiple of a scale, with room for rounding.
+const LARGEST: f32 = 32766.0;
 
 thread_local! {
     /// Memory to work in.
     static SCALES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A block of the vector, in the order in which the levels of its weights are looked up.
+/// A block of the vector, in the order in which the levels of its weights are looked up: first those of the low nibbles,
+/// which are the second in their bytes.
+///
+/// The multiples of the first half are rounded down and those of the second up, so that what is left over has one sign
+/// in each, as the instruction wants it. As the halves are subtracted from each other, what the lower bytes of the levels
+/// would have given cancels out but for chance.
 #[repr(align(32))]
 struct Block {
-    coarse: [[i16; WORDS]; PARTS],
-    fine: [[i16; WORDS]; PARTS],
+    multiples: [[i16; WORDS]; PARTS],
+    left_over: [[u8; BYTES]; 2],
 }
 
 /// A vector of whole blocks.
@@ -50,12 +62,16 @@ pub struct Blocks {
 
 impl Blocks {
     /// `None` where the vector does not consist of whole blocks or is not finite.
-    pub fn new(x: &[f32]) -> Option<Self> {
+    ///
+    /// # Safety
+    /// The CPU has AVX2 and FMA.
+    pub unsafe fn new(x: &[f32]) -> Option<Self> {
         let (blocks, rest) = x.as_chunks::<BLOCK>();
         if !rest.is_empty() || !x.iter().all(|v| v.is_finite()) {
             return None;
         }
-        let (blocks, scales) = blocks.iter().map(block).unzip();
+        // SAFETY: by the contract of this function.
+        let (blocks, scales) = blocks.iter().map(|x| unsafe { block(x) }).unzip();
         Some(Self { blocks, scales })
     }
 
@@ -90,7 +106,7 @@ impl Blocks {
     #[inline]
     fn product(&self, codes: &[[u8; BLOCK / 2]], scales: &[f32], tables: &[__m256i; 2]) -> f32 {
         let mut sum = _mm256_setzero_ps();
-        let step = _mm256_set1_ps(1.0 / FINE);
+        let step = _mm256_set1_epi16(STEP);
         for ((codes, scale), x) in codes.iter().zip(scales).zip(&self.blocks) {
             // SAFETY: a register has 32 bytes. What is fetched ahead need not be there.
             let codes = unsafe {
@@ -106,53 +122,65 @@ impl Blocks {
                 _mm256_unpacklo_epi8(c, d),
                 _mm256_unpackhi_epi8(c, d),
             ];
-            let (coarse, fine) = (sums_of_block(levels, &x.coarse), sums_of_block(levels, &x.fine));
-            let products = _mm256_fmadd_ps(fine, step, coarse);
-            sum = _mm256_fmadd_ps(products, _mm256_set1_ps(*scale), sum);
+            // SAFETY: all parts are as large as a register, and begin where one may.
+            let (x, left_over): ([__m256i; PARTS], [__m256i; 2]) = unsafe {
+                let load = |from: *const __m256i| _mm256_load_si256(from);
+                (
+                    x.multiples.each_ref().map(|x| load(x.as_ptr().cast())),
+                    x.left_over.each_ref().map(|x| load(x.as_ptr().cast())),
+                )
+            };
+            let products: [__m256i; PARTS] = std::array::from_fn(|i| _mm256_madd_epi16(levels[i], x[i]));
+            let [first, second] =
+                [[products[0], products[1]], [products[2], products[3]]].map(|[a, b]| _mm256_add_epi32(a, b));
+            let upper = _mm256_sub_epi16(
+                _mm256_maddubs_epi16(left_over[0], b),
+                _mm256_maddubs_epi16(left_over[1], d),
+            );
+            let sums = _mm256_add_epi32(_mm256_add_epi32(first, second), _mm256_madd_epi16(upper, step));
+            sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(*scale), sum);
         }
         sum_of_lanes(sum)
     }
 }
 
-/// The products of some levels and a part of the vector, in the lanes of their sums.
+/// Where the weight that is `byte` in the register of its half lies in a block.
+const fn place(half: usize, byte: usize) -> usize {
+    2 * byte + 1 - half
+}
+
+/// Where the level of that weight is found when it has been unpacked, which takes eight bytes of each half of a
+/// register: in which register, and in which word.
+const fn unpacked(half: usize, byte: usize) -> (usize, usize) {
+    (2 * half + byte % 16 / 8, byte / 16 * 8 + byte % 8)
+}
+
+/// And the scale: what 1 times a level of 1 stands for.
 #[target_feature(enable = "avx2,fma")]
-#[inline]
-fn sums_of_block(levels: [__m256i; PARTS], x: &[[i16; WORDS]; PARTS]) -> __m256 {
-    // SAFETY: the parts are as large as a register, and begin where one may.
-    let x: [__m256i; PARTS] = std::array::from_fn(|i| unsafe { _mm256_load_si256(x[i].as_ptr().cast()) });
-    let [a, b, c, d]: [__m256i; PARTS] = std::array::from_fn(|i| _mm256_madd_epi16(levels[i], x[i]));
-    _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)))
-}
-
-/// Which weight of a block is word `word` of register `part`: those of the low nibbles, which are second in their
-/// bytes, come first; unpacking takes eight bytes of each half of a register.
-const fn place(part: usize, word: usize) -> usize {
-    let byte = word / 8 * 16 + part % 2 * 8 + word % 8;
-    2 * byte + 1 - part / 2
-}
-
 fn block(x: &[f32; BLOCK]) -> (Block, f32) {
-    let (mut largest, mut sums) = (0f32, [0f32; LANES]);
-    for part in 0..PARTS {
-        for word in 0..WORDS {
-            let size = x[place(part, word)].abs();
-            largest = largest.max(size);
-            sums[word / 2] += size;
+    let halves: [[f32; BYTES]; 2] =
+        std::array::from_fn(|half| std::array::from_fn(|byte| x[place(half, byte)]));
+    let (mut largest, mut sums) = ([0f32; BYTES], [0f32; LANES]);
+    for (half, values) in halves.iter().enumerate() {
+        for (byte, (value, largest)) in values.iter().zip(&mut largest).enumerate() {
+            *largest = largest.max(value.abs());
+            sums[unpacked(half, byte).1 / 2] += value.abs();
         }
     }
-    let largest_sum = sums.into_iter().fold(0f32, f32::max);
-    let scale = (largest / f32::from(i16::MAX)).max(largest_sum / LARGEST_SUM);
-    let mut block = Block { coarse: [[0; WORDS]; PARTS], fine: [[0; WORDS]; PARTS] };
+    let [largest, largest_sum] =
+        [&largest[..], &sums].map(|sizes| sizes.iter().copied().fold(0f32, f32::max));
+    let scale = (largest / LARGEST).max(largest_sum / LARGEST_SUM);
+    let mut block = Block { multiples: [[0; WORDS]; PARTS], left_over: [[0; BYTES]; 2] };
     if !scale.is_normal() {
         // Nothing that the sum would show.
         return (block, 0.0);
     }
-    for part in 0..PARTS {
-        for word in 0..WORDS {
-            let value = x[place(part, word)] / scale;
-            let coarse = value.round();
-            block.coarse[part][word] = coarse as i16;
-            block.fine[part][word] = ((value - coarse) * FINE).round() as i16;
+    for (half, values) in halves.iter().enumerate() {
+        for (byte, value) in values.iter().map(|value| value / scale).enumerate() {
+            let multiple = if half == 0 { value.floor() } else { value.ceil() };
+            let (part, word) = unpacked(half, byte);
+            block.multiples[part][word] = multiple as i16;
+            block.left_over[half][byte] = ((value - multiple).abs() * STEPS).round_ties_even() as u8;
         }
     }
     (block, scale / ONE)
@@ -236,16 +264,20 @@ mod tests {
             assert_eq!(out, [1.0]);
         }
         for bad in [f32::NAN, f32::INFINITY] {
-            assert!(Blocks::new(&[bad; 64]).is_none());
+            // SAFETY: as above, also below.
+            assert!(unsafe { Blocks::new(&[bad; 64]) }.is_none());
         }
-        assert!(Blocks::new(&[1.0; 65]).is_none());
+        assert!(unsafe { Blocks::new(&[1.0; 65]) }.is_none());
     }
 
     #[test]
     fn each_weight_has_a_place() {
-        let mut places: Vec<_> =
-            (0..PARTS).flat_map(|part| (0..WORDS).map(move |word| place(part, word))).collect();
+        let of_all = || (0..2).flat_map(|half| (0..BYTES).map(move |byte| (half, byte)));
+        let mut places: Vec<_> = of_all().map(|(half, byte)| place(half, byte)).collect();
         places.sort_unstable();
         assert!(places.into_iter().eq(0..BLOCK));
+        let mut words: Vec<_> = of_all().map(|(half, byte)| unpacked(half, byte)).collect();
+        words.sort_unstable();
+        assert!(words.into_iter().eq((0..PARTS).flat_map(|part| (0..WORDS).map(move |word| (part, word)))));
     }
 }

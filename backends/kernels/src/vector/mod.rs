@@ -53,7 +53,8 @@ impl<'a> Vector<'a> {
             chunks: avx512::Chunks::new(matrices, x),
             #[cfg(target_arch = "x86_64")]
             blocks: (rows_in_16_bits() && matrices.iter().any(|m| matches!(m.elements, Elements::Nf4(_))))
-                .then(|| avx2::Blocks::new(x))
+                // SAFETY: the CPU has the instructions.
+                .then(|| unsafe { avx2::Blocks::new(x) })
                 .flatten(),
         }
     }
