@@ -2,9 +2,9 @@
 
 use crate::BurnDevice;
 use crate::device::OpenDevice;
-use crate::fused;
+use crate::fused::{self, KeyValueCache, RowOp};
 use crate::product::product;
-use crate::rope::Rotation;
+use crate::rope::{Rotation, fused_rotation};
 use burn::tensor::activation;
 use burn::tensor::{Bool, Tensor};
 use evalfw_engine::config::ModelConfig;
@@ -38,12 +38,20 @@ pub struct Pass {
     pub batch: usize,
     /// Positions of each sequence in this pass.
     pub positions: usize,
-    /// Whether the operations of [`fused`] are there.
-    pub fused: bool,
-    rotation: Rotation,
-    /// `[1, 1, positions, positions]`, true where attention may not look. There is none for a single
-    /// position, which sees everything before it.
-    mask: Option<Tensor<4, Bool>>,
+    form: Form,
+}
+
+/// What computes it.
+enum Form {
+    /// The operations of [`fused`].
+    Fused { rotation: RowOp },
+    /// Those of burn.
+    Composed {
+        rotation: Rotation,
+        /// `[1, 1, positions, positions]`, true where attention may not look. There is none for a single
+        /// position, which sees everything before it.
+        mask: Option<Tensor<4, Bool>>,
+    },
 }
 
 impl Pass {
@@ -55,16 +63,23 @@ impl Pass {
         positions: usize,
         device: &OpenDevice,
     ) -> Self {
-        let fused = device.kind == BurnDevice::Flex;
-        let device = &device.device;
-        let causal = || Tensor::<2, Bool>::tril_mask([positions, positions], 0, device).unsqueeze::<4>();
-        Self {
-            batch,
-            positions,
-            fused,
-            rotation: Rotation::new(config, start, positions, device),
-            mask: (positions > 1).then(causal),
-        }
+        let form = match device.kind {
+            BurnDevice::Flex => Form::Fused { rotation: fused_rotation(config, start, positions) },
+            BurnDevice::Wgpu => {
+                let device = &device.device;
+                let causal =
+                    || Tensor::<2, Bool>::tril_mask([positions, positions], 0, device).unsqueeze::<4>();
+                Form::Composed {
+                    rotation: Rotation::new(config, start, positions, device),
+                    mask: (positions > 1).then(causal),
+                }
+            }
+        };
+        Self { batch, positions, form }
+    }
+
+    pub fn is_fused(&self) -> bool {
+        matches!(self.form, Form::Fused { .. })
     }
 }
 
@@ -78,23 +93,27 @@ pub fn attend(
 ) -> Tensor<2> {
     let Heads { query: query_heads, key_value: key_value_heads, dim } = *heads;
     let (batch, positions) = (pass.batch, pass.positions);
+    let (rotation, mask) = match &pass.form {
+        Form::Fused { rotation } => {
+            let args = [rotation.clone().apply(query), rotation.clone().apply(key), value];
+            let (queries, keys) = (positions, positions);
+            let shape =
+                Shape { examples: batch, queries, keys, heads: query_heads, kv_heads: key_value_heads, dim };
+            return match cache {
+                Some(cache) => fused::attend_to_cache(args, &cache.fused, shape),
+                None => fused::attend(args, shape),
+            };
+        }
+        Form::Composed { rotation, mask } => (rotation, mask),
+    };
     let split = |x: Tensor<2>, heads: usize| x.reshape([batch, positions, heads, dim]);
-    if pass.fused && cache.is_none() {
-        let flat = |x: Tensor<4>, heads: usize| x.reshape([batch * positions, heads * dim]);
-        let query = flat(pass.rotation.apply(split(query, query_heads)), query_heads);
-        let key = flat(pass.rotation.apply(split(key, key_value_heads)), key_value_heads);
-        let (queries, keys) = (positions, positions);
-        let shape =
-            Shape { examples: batch, queries, keys, heads: query_heads, kv_heads: key_value_heads, dim };
-        return fused::attend([query, key, value], shape);
-    }
     // One product for each key-value head: the queries of its group stand below each other.
     let by_head =
         |x: Tensor<4>| x.swap_dims(1, 2).reshape([(batch * key_value_heads) as i32, -1, dim as i32]);
 
-    let query = pass.rotation.apply(split(query, query_heads)) * (dim as f64).powf(-0.5);
+    let query = rotation.apply(split(query, query_heads)) * (dim as f64).powf(-0.5);
     let query = by_head(query);
-    let key = by_head(pass.rotation.apply(split(key, key_value_heads)));
+    let key = by_head(rotation.apply(split(key, key_value_heads)));
     let value = by_head(split(value, key_value_heads));
     let (key, value, softmax): (_, _, fn(Tensor<4>) -> Tensor<4>) = match cache {
         Some(cache) => {
@@ -107,7 +126,7 @@ pub fn attend(
     let scores: Tensor<3> = product(query, key.swap_dims(1, 2));
     let [products, rows, seen] = scores.dims();
     let scores = scores.reshape([products, heads.group(), positions, seen]);
-    let scores = match &pass.mask {
+    let scores = match mask {
         Some(mask) => {
             scores.mask_fill(mask.clone().expand([products, heads.group(), positions, seen]), f32::MIN)
         }
@@ -127,13 +146,14 @@ fn repeatable_softmax(scores: Tensor<4>) -> Tensor<4> {
     exponentials.clone() / exponentials.sum_dim(3)
 }
 
-/// Keys and values of one layer for one sequence, `[key-value heads, capacity, dim]`. Grows in steps, so
-/// that most tokens write into memory that is already there.
+/// Keys and values of one layer for one sequence, of the form that the passes have.
 #[derive(Default)]
 pub struct LayerCache {
+    fused: KeyValueCache,
     stored: Option<Stored>,
 }
 
+/// Each `[key-value heads, capacity, dim]`. Grows in steps, so that most tokens write into memory that is already there.
 struct Stored {
     key: Tensor<3>,
     value: Tensor<3>,

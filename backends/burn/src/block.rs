@@ -1,11 +1,13 @@
 //! A transformer block of Qwen2.
 
+use crate::BurnDevice;
 use crate::attention::{Heads, LayerCache, Pass, attend};
 use crate::device::OpenDevice;
 use crate::frozen::FrozenMatrix;
-use crate::fused::swiglu;
+use crate::fused::{self, HostLayer, swiglu};
 use crate::lora::LoraLayer;
 use crate::norm::RmsNorm;
+use crate::packed::HostMatrix;
 use burn::tensor::activation::silu;
 use burn::tensor::{Tensor, TensorData};
 use evalfw_engine::Result;
@@ -35,7 +37,7 @@ impl Block {
         mut projection: impl FnMut(Target) -> Result<weights::Projection>,
         device: &OpenDevice,
     ) -> Result<Self> {
-        let norm = |weight| RmsNorm::new(weight, config.rms_norm_eps, &device.device);
+        let norm = |weight| RmsNorm::new(weight, config.rms_norm_eps, device);
         let [input_norm, post_attention_norm] = norms.map(norm);
         Ok(Self {
             heads: Heads::new(config),
@@ -57,44 +59,88 @@ impl Block {
         lora: Option<LoraLayer<'_>>,
         cache: Option<&mut LayerCache>,
     ) -> Tensor<2> {
-        let project = |target: Target, x: Tensor<2>| {
-            let Projection { weight, bias } = &self.projections[target as usize];
-            let y = match lora {
-                Some(lora) => lora.project(target, x, weight),
-                None => weight.matmul(x),
-            };
-            match bias {
-                Some(bias) => y + bias.clone(),
-                None => y,
-            }
-        };
-
         let normed = self.input_norm.forward(x.clone());
-        let query_key_value = [Target::Q, Target::K, Target::V].map(|target| project(target, normed.clone()));
-        drop(normed);
-        let x = x + project(Target::O, attend(&self.heads, pass, query_key_value, cache));
+        let query_key_value = self.project_all([Target::Q, Target::K, Target::V], normed, lora);
+        let x = x + self.project(Target::O, attend(&self.heads, pass, query_key_value, cache), lora);
 
         let normed = self.post_attention_norm.forward(x.clone());
-        let gate = project(Target::Gate, normed.clone());
-        let up = project(Target::Up, normed);
-        let gated = if pass.fused { swiglu(gate, up) } else { silu(gate) * up };
-        x + project(Target::Down, gated)
+        let [gate, up] = self.project_all([Target::Gate, Target::Up], normed, lora);
+        let gated = if pass.is_fused() { swiglu(gate, up) } else { silu(gate) * up };
+        x + self.project(Target::Down, gated, lora)
+    }
+
+    fn project(&self, target: Target, x: Tensor<2>, lora: Option<LoraLayer<'_>>) -> Tensor<2> {
+        match (&self.projections[target as usize], lora) {
+            (Projection::Host(layer), Some(lora)) => lora.project(target, x, layer),
+            (Projection::Host(layer), None) => fused::layers(x, vec![layer.clone()]),
+            (Projection::Device { weight, bias }, lora) => {
+                let y = match lora {
+                    Some(lora) => weight.matmul(x.clone()) + lora.delta(target, x),
+                    None => weight.matmul(x),
+                };
+                match bias {
+                    Some(bias) => y + bias.clone(),
+                    None => y,
+                }
+            }
+        }
+    }
+
+    /// Several of the same `x`; on the host all of them at once for one row.
+    fn project_all<const N: usize>(
+        &self,
+        targets: [Target; N],
+        x: Tensor<2>,
+        lora: Option<LoraLayer<'_>>,
+    ) -> [Tensor<2>; N] {
+        let layers = targets.iter().map(|&target| self.projections[target as usize].on_host().cloned());
+        match layers.collect::<Option<Vec<_>>>() {
+            Some(layers) if lora.is_none() && x.dims()[0] == 1 => {
+                let widths: [usize; N] = std::array::from_fn(|i| layers[i].matrix.shape()[0]);
+                let together = fused::layers(x, layers);
+                let mut start = 0;
+                widths.map(|width| {
+                    start += width;
+                    together.clone().narrow(1, start - width, width)
+                })
+            }
+            _ => targets.map(|target| self.project(target, x.clone(), lora)),
+        }
     }
 }
 
 /// A linear layer of the frozen base.
-struct Projection {
-    weight: FrozenMatrix,
-    /// `[1, out_features]`
-    bias: Option<Tensor<2>>,
+enum Projection {
+    Host(HostLayer),
+    Device {
+        weight: FrozenMatrix,
+        /// `[1, out_features]`
+        bias: Option<Tensor<2>>,
+    },
 }
 
 impl Projection {
     fn new(projection: weights::Projection, device: &OpenDevice) -> Self {
-        let bias = projection.bias.map(|bias| {
-            let shape = [1, bias.len()];
-            Tensor::from_data(TensorData::new(bias, shape), &device.device)
-        });
-        Self { weight: FrozenMatrix::new(projection.weight, device), bias }
+        let weights::Projection { weight, bias } = projection;
+        match device.kind {
+            BurnDevice::Flex => {
+                let matrix = HostMatrix::new(weight, device.products);
+                Self::Host(HostLayer { matrix, bias: bias.map(Into::into) })
+            }
+            BurnDevice::Wgpu => {
+                let bias = bias.map(|bias| {
+                    let shape = [1, bias.len()];
+                    Tensor::from_data(TensorData::new(bias, shape), &device.device)
+                });
+                Self::Device { weight: FrozenMatrix::new(weight, device), bias }
+            }
+        }
+    }
+
+    fn on_host(&self) -> Option<&HostLayer> {
+        match self {
+            Self::Host(layer) => Some(layer),
+            Self::Device { .. } => None,
+        }
     }
 }

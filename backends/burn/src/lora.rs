@@ -1,8 +1,7 @@
 //! The trainable factors of the adapters.
 
 use crate::dropout::Dropout;
-use crate::frozen::FrozenMatrix;
-use crate::fused::{self, Projection};
+use crate::fused::{self, HostLayer, Projection};
 use crate::guard::read;
 use crate::kept::Kept;
 use crate::product::product;
@@ -126,18 +125,17 @@ impl<'a> LoraLayer<'a> {
         Self { kept, ..self }
     }
 
-    /// `x Wᵀ + scale · (dropout(x) · Aᵀ) · Bᵀ`, which is `[n, out_features]`.
-    pub fn project(&self, target: Target, x: Tensor<2>, weight: &FrozenMatrix) -> Tensor<2> {
-        let Some(matrix) = weight.host() else { return weight.matmul(x.clone()) + self.delta(target, x) };
+    /// `x Wᵀ + bias + scale · (dropout(x) · Aᵀ) · Bᵀ`, which is `[n, out_features]`.
+    pub fn project(&self, target: Target, x: Tensor<2>, layer: &HostLayer) -> Tensor<2> {
         let Factors { a, b } = self.factors[target as usize].clone();
         let mask = self.dropout.map(|dropout| dropout.key(self.layer, target));
         let (scale, kept) = (self.scale as f32, self.kept.clone());
-        let projection = Projection { matrix: matrix.clone(), scale, mask, target, kept };
+        let projection = Projection { layer: layer.clone(), scale, mask, target, kept };
         fused::adapted(x, [a, b], projection)
     }
 
     /// `scale · (dropout(x) · Aᵀ) · Bᵀ`
-    fn delta(&self, target: Target, x: Tensor<2>) -> Tensor<2> {
+    pub fn delta(&self, target: Target, x: Tensor<2>) -> Tensor<2> {
         let Factors { a, b } = self.factors[target as usize].clone();
         let x = match self.dropout {
             Some(dropout) => dropout.apply(x, self.layer, target),

@@ -32,7 +32,7 @@ impl Network {
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| Block::load(&mut loader, layer, device))
             .collect::<Result<_>>()?;
-        let norm = RmsNorm::new(loader.final_norm()?, config.rms_norm_eps, &device.device);
+        let norm = RmsNorm::new(loader.final_norm()?, config.rms_norm_eps, device);
         let (embedding, head) = ends(table, loader.head()?, device);
         Ok(Self {
             config,

@@ -1,8 +1,10 @@
 //! Rotary positions in the half-split form.
 
+use crate::fused::{RowOp, Tables};
 use burn::tensor::{Device, Tensor, TensorData};
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::rope::tables;
+use std::sync::Arc;
 
 /// The tables of the positions of one forward pass.
 #[derive(Debug, Clone)]
@@ -31,4 +33,10 @@ impl Rotation {
         let rotated_second = second * cos + first * sin;
         Tensor::cat(vec![rotated_first, rotated_second], 3)
     }
+}
+
+/// The same by one kernel, on flex: it rotates `[batch · positions, heads · head_dim]`.
+pub fn fused_rotation(config: &ModelConfig, start: usize, count: usize) -> RowOp {
+    let (cos, sin) = tables(config.rope_theta, config.head_dim, start, count);
+    RowOp::Rotation(Arc::new(Tables { cos, sin, dim: config.head_dim }))
 }

@@ -12,6 +12,7 @@
 //! - [`lora`]: a frozen matrix with an adapter beside it, and its gradients
 //! - [`loss`]: cross-entropy on the head
 //! - [`memory`]: what happens to it when it is freed
+//! - [`norm`], [`rope`]: the other operations of a block, and their gradients
 //! - `pages`: memory that is read without waiting for its addresses
 //! - [`views`]: products of f32 matrices through the gemm crate
 //! - [`team`]: threads that stay awake from one short loop to the next
@@ -29,8 +30,10 @@ pub mod loss;
 mod matrix;
 pub mod memory;
 mod nf4;
+pub mod norm;
 mod pages;
 mod product;
+pub mod rope;
 pub mod team;
 #[cfg(target_arch = "x86_64")]
 mod transpose;

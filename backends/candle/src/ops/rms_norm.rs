@@ -3,8 +3,7 @@
 use super::{Form, Graph, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor};
-use evalfw_kernels::dot;
-use evalfw_kernels::filled::filled;
+use evalfw_kernels::norm;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, in f32.
 pub fn rms_norm(graph: Graph<'_>, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -42,12 +41,6 @@ struct RmsNorm {
     eps: f32,
 }
 
-impl RmsNorm {
-    fn inverse(&self, x: &[f32]) -> f32 {
-        1.0 / (dot(x, x) / x.len() as f32 + self.eps).sqrt()
-    }
-}
-
 impl CustomOp1 for RmsNorm {
     fn name(&self) -> &'static str {
         "rms-norm"
@@ -56,15 +49,7 @@ impl CustomOp1 for RmsNorm {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = stored(storage, layout)?;
         let weight = CpuValues::new(&self.weight)?;
-        let weight = weight.slice()?;
-        let width = weight.len();
-        let out = filled(x.len(), width, |start, out| {
-            let x = &x[start..start + width];
-            let inverse = self.inverse(x);
-            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-                *out = x * inverse * weight;
-            }
-        });
+        let out = norm::rms_norm(x, weight.slice()?, self.eps);
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
@@ -72,19 +57,7 @@ impl CustomOp1 for RmsNorm {
         let grad = grad.contiguous()?;
         let (x_values, grad, weight) =
             (CpuValues::new(x)?, CpuValues::new(&grad)?, CpuValues::new(&self.weight)?);
-        let (values, grad, weight) = (x_values.slice()?, grad.slice()?, weight.slice()?);
-        let width = weight.len();
-        let out = filled(values.len(), width, |start, out| {
-            let x = &values[start..start + width];
-            let inverse = self.inverse(x);
-            for ((out, grad), weight) in out.iter_mut().zip(&grad[start..]).zip(weight) {
-                *out = grad * weight;
-            }
-            let along = dot(out, x) * inverse * inverse / width as f32;
-            for (out, x) in out.iter_mut().zip(x) {
-                *out = inverse * (*out - along * x);
-            }
-        });
+        let out = norm::rms_norm_gradient(x_values.slice()?, weight.slice()?, self.eps, grad.slice()?);
         Tensor::from_vec(out, x.shape(), &Device::Cpu).map(Some)
     }
 }

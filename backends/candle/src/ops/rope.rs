@@ -4,7 +4,7 @@ use super::{Form, Graph, by_hand};
 use crate::values::{CpuValues, stored};
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 use candle_nn::rotary_emb::rope_thd;
-use evalfw_kernels::filled::filled;
+use evalfw_kernels::rope::Angles;
 
 /// Cosines and sines of some positions, each f32 `[positions, dim / 2]`.
 #[derive(Clone)]
@@ -54,29 +54,18 @@ struct Rope {
 }
 
 impl Rope {
-    /// Rotates by the angle, or for a `direction` of -1 back by it.
-    fn rotate(&self, x: &[f32], shape: &Shape, direction: f32) -> Result<Vec<f32>> {
+    /// By the tables, for something of `shape`.
+    fn with_angles(
+        &self,
+        shape: &Shape,
+        rotate: impl FnOnce(Angles<'_>, usize) -> Vec<f32>,
+    ) -> Result<Vec<f32>> {
         let (_, positions, heads, dim) = shape.dims4()?;
-        let half = dim / 2;
-        if self.tables.cos.dims() != [positions, half] {
+        if self.tables.cos.dims() != [positions, dim / 2] {
             bail!("rope tables {:?} for {shape:?}", self.tables.cos.shape());
         }
         let (cos, sin) = (CpuValues::new(&self.tables.cos)?, CpuValues::new(&self.tables.sin)?);
-        let (cos, sin) = (cos.slice()?, sin.slice()?);
-        let width = heads * dim;
-        Ok(filled(x.len(), width, |start, out| {
-            let angles = start / width % positions * half;
-            let (cos, sin) = (&cos[angles..angles + half], &sin[angles..angles + half]);
-            for (out, x) in out.chunks_mut(dim).zip(x[start..].chunks(dim)) {
-                let (out_first, out_second) = out.split_at_mut(half);
-                let (first, second) = x.split_at(half);
-                for i in 0..half {
-                    let sin = direction * sin[i];
-                    out_first[i] = first[i] * cos[i] - second[i] * sin;
-                    out_second[i] = second[i] * cos[i] + first[i] * sin;
-                }
-            }
-        }))
+        Ok(rotate(Angles { cos: cos.slice()?, sin: sin.slice()?, dim }, heads))
     }
 }
 
@@ -86,13 +75,16 @@ impl CustomOp1 for Rope {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = self.rotate(stored(storage, layout)?, layout.shape(), 1.0)?;
+        let x = stored(storage, layout)?;
+        let out = self.with_angles(layout.shape(), |angles, heads| angles.rotate(x, heads))?;
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let grad = grad.contiguous()?;
-        let out = self.rotate(CpuValues::new(&grad)?.slice()?, grad.shape(), -1.0)?;
+        let values = CpuValues::new(&grad)?;
+        let values = values.slice()?;
+        let out = self.with_angles(grad.shape(), |angles, heads| angles.rotate_back(values, heads))?;
         Tensor::from_vec(out, grad.shape(), &Device::Cpu).map(Some)
     }
 }

@@ -2,6 +2,12 @@
 //! keeps nothing but the arguments. Composed of burn's own operations, each would go over memory several times, some of
 //! them on one thread.
 
+mod inference;
+mod rows;
+
+pub use inference::{KeyValueCache, attend_to_cache, layers};
+pub use rows::{RowOp, Tables};
+
 use crate::kept::Kept;
 use crate::packed::{HostMatrix, values};
 use burn::backend::autodiff::NodeId;
@@ -19,6 +25,7 @@ use evalfw_kernels::attention::{self, Shape};
 use evalfw_kernels::elementwise::{swiglu_gradients_of, swiglu_of};
 use evalfw_kernels::filled::{PIECE, filled};
 use evalfw_kernels::lora::{self, Factors, Masked};
+use std::sync::Arc;
 
 /// `silu(gate) · up`
 pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
@@ -31,16 +38,23 @@ pub fn attend([query, key, value]: [Tensor<2>; 3], shape: Shape) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::fused_attention(query, key, value, shape))
 }
 
-/// `x Wᵀ + scale · (mask ⊙ x) Aᵀ Bᵀ` for `x` `[n, in]`, `a` `[r, in]` and `b` `[out, r]`.
+/// `x Wᵀ + bias + scale · (mask ⊙ x) Aᵀ Bᵀ` for `x` `[n, in]`, `a` `[r, in]` and `b` `[out, r]`.
 pub fn adapted(x: Tensor<2>, [a, b]: [Tensor<2>; 2], projection: Projection) -> Tensor<2> {
     let (x, a, b) = (x.into_dispatch(), a.into_dispatch(), b.into_dispatch());
     Tensor::from_dispatch(Dispatch::fused_adapted(x, a, b, projection))
 }
 
+/// A linear layer of the frozen base. Cloning copies references.
+#[derive(Debug, Clone)]
+pub struct HostLayer {
+    pub matrix: HostMatrix,
+    pub bias: Option<Arc<[f32]>>,
+}
+
 /// What is not trained of an adapted projection.
 #[derive(Debug, Clone)]
 pub struct Projection {
-    pub matrix: HostMatrix,
+    pub layer: HostLayer,
     pub scale: f32,
     /// Dropout's rate, and the key of its mask, which is made again when it is needed.
     pub mask: Option<(f32, MaskKey)>,
@@ -111,11 +125,12 @@ impl FusedOps for Flex {
 
     fn fused_adapted(x: FlexTensor, a: FlexTensor, b: FlexTensor, projection: Projection) -> FlexTensor {
         let [x, a, b] = [x, a, b].map(|x| x.to_contiguous());
-        let shape = [x.layout().shape()[0], projection.matrix.shape()[0]];
+        let HostLayer { matrix, bias } = &projection.layer;
+        let shape = [x.layout().shape()[0], matrix.shape()[0]];
         let out = projection.kept.result(projection.target, shape[0] * shape[1], || {
             let masked = projection.masked(values(&x));
             let input = (values(&x), masked.as_ref());
-            lora::forward(&projection.matrix, projection.factors(&a, &b), input, None).0
+            lora::forward(matrix, projection.factors(&a, &b), input, bias.as_deref()).0
         });
         FlexTensor::from_data(TensorData::new(out, shape))
     }
@@ -139,8 +154,9 @@ impl FusedGradients for Flex {
         let ([x, a, b], grad) = (args.map(|x| x.to_contiguous()), grad.to_contiguous());
         let masked = projection.masked(values(&x));
         let (input, factors) = ((values(&x), masked.as_ref()), projection.factors(&a, &b));
-        let gradients = lora::backward(&projection.matrix, factors, input, None, values(&grad));
-        let of_b = TensorData::new(gradients.b, [factors.r, projection.matrix.shape()[0]]);
+        let matrix = &projection.layer.matrix;
+        let gradients = lora::backward(matrix, factors, input, None, values(&grad));
+        let of_b = TensorData::new(gradients.b, [factors.r, matrix.shape()[0]]);
         let of_b = FlexTensor::from_data(of_b).transpose(0, 1).to_contiguous();
         [like(&x, gradients.x), like(&a, gradients.a), of_b]
     }
@@ -250,13 +266,13 @@ mod tests {
     use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
     use evalfw_kernels::Products;
 
-    fn leaf(shape: [usize; 2], frequency: f32) -> Tensor<2> {
+    pub fn leaf(shape: [usize; 2], frequency: f32) -> Tensor<2> {
         let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| (i as f32 * frequency).sin()).collect();
         Tensor::from_data(TensorData::new(values, shape), &Device::flex()).autodiff().require_grad()
     }
 
     /// The same results and gradients, for a gradient of no special form.
-    fn assert_alike(leaves: &[Tensor<2>], fused: Tensor<2>, composed: Tensor<2>) {
+    pub fn assert_alike(leaves: &[Tensor<2>], fused: Tensor<2>, composed: Tensor<2>) {
         let close = |a: Tensor<2>, b: Tensor<2>| {
             for (a, b) in read(a).unwrap().into_iter().zip(read(b).unwrap()) {
                 assert!((a - b).abs() < 1e-5 * (1.0 + b.abs()), "{a} {b}");
@@ -284,6 +300,7 @@ mod tests {
         let (shape @ [out_features, in_features], r) = ([33, 20], 4);
         let values: Vec<f32> = (0..out_features * in_features).map(|i| (i as f32 * 0.13).sin()).collect();
         let weight = Tensor::<2>::from_data(TensorData::new(values.clone(), shape), &Device::flex());
+        let bias: Vec<f32> = (0..out_features).map(|i| (i as f32 * 0.7).cos()).collect();
         let data = DenseData::F32(values);
         let matrix = HostMatrix::new(Weight::Dense(DenseTensor { shape, data }), Products::F32);
         let key = MaskKey { seed: 1, step: 2, micro_batch: 0, layer: 3, target: Target::O };
@@ -299,9 +316,12 @@ mod tests {
                 None => x.clone(),
             };
             let delta = (masked.matmul(a.clone().transpose()) * 0.5).matmul(b.clone().transpose());
-            let composed = x.clone().matmul(weight.clone().transpose()) + delta;
+            let of_bias =
+                Tensor::<2>::from_data(TensorData::new(bias.clone(), [1, out_features]), &Device::flex());
+            let composed = x.clone().matmul(weight.clone().transpose()) + of_bias + delta;
             let matrix = matrix.clone();
-            let projection = Projection { matrix, scale: 0.5, mask, target: Target::O, kept: Kept::No };
+            let layer = HostLayer { matrix, bias: Some(bias.clone().into()) };
+            let projection = Projection { layer, scale: 0.5, mask, target: Target::O, kept: Kept::No };
             assert_alike(&leaves, adapted(x, [a, b], projection), composed);
         }
     }
@@ -316,5 +336,42 @@ mod tests {
         let composed = softmax(scores.mask_fill(hidden, f32::MIN), 1).matmul(value.clone());
         let leaves = [query, key, value];
         assert_alike(&leaves, attend(leaves.clone(), shape), composed);
+    }
+
+    /// In two parts, the last of which sees what the first has left.
+    #[test]
+    fn attention_to_a_cache_is_that_to_all_positions() {
+        let (positions, dim) = (5, 8);
+        let shape = Shape { examples: 1, queries: positions, keys: positions, heads: 2, kv_heads: 1, dim };
+        let [query, key, value] = [(2 * dim, 0.3), (dim, 0.7), (dim, 1.1)]
+            .map(|(width, frequency)| leaf([positions, width], frequency).inner());
+        let whole = attend([query.clone(), key.clone(), value.clone()], shape);
+        let cache = KeyValueCache::default();
+        let parts = [(0, 3), (3, 1), (4, 1)].map(|(first, count)| {
+            let part = [&query, &key, &value].map(|x| x.clone().narrow(0, first, count));
+            attend_to_cache(part, &cache, Shape { queries: count, ..shape })
+        });
+        let (whole, parts) = (read(whole).unwrap(), read(Tensor::cat(parts.into(), 0)).unwrap());
+        assert!(whole.iter().zip(&parts).all(|(a, b)| (a - b).abs() < 1e-6), "{whole:?} {parts:?}");
+    }
+
+    #[test]
+    fn layers_of_one_row_stand_side_by_side() {
+        let width = 20;
+        let layer = |height: usize, bias: Option<Vec<f32>>| {
+            let values = (0..height * width).map(|i| (i as f32 * 0.13).sin()).collect();
+            let data = DenseData::F32(values);
+            let matrix =
+                HostMatrix::new(Weight::Dense(DenseTensor { shape: [height, width], data }), Products::F32);
+            HostLayer { matrix, bias: bias.map(Into::into) }
+        };
+        let all = [layer(3, None), layer(7, Some(vec![1.0; 7])), layer(1, None)];
+        let x = leaf([1, width], 0.3).inner();
+        let together = read(layers(x.clone(), all.to_vec())).unwrap();
+        let apart: Vec<f32> =
+            all.into_iter().flat_map(|layer| read(layers(x.clone(), vec![layer])).unwrap()).collect();
+        assert_eq!(together, apart);
+        let plain = read(layers(x, vec![layer(7, None)])).unwrap();
+        assert!(plain.iter().zip(&together[3..10]).all(|(a, b)| (a + 1.0 - b).abs() < 1e-5));
     }
 }
