@@ -1,7 +1,7 @@
 //! What is only computed without gradients: frozen layers, and attention with a cache.
 
 use super::{HostLayer, like};
-use crate::packed::{HostMatrix, values};
+use crate::packed::values;
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, Flex, backend_extension};
@@ -51,7 +51,7 @@ impl InferenceOps for Flex {
             [HostLayer { matrix, bias }] => matrix.product(values(&x), bias.as_deref()),
             several => {
                 let several: Vec<_> =
-                    several.iter().map(|layer| (&**layer.matrix, layer.bias.as_deref())).collect();
+                    several.iter().map(|layer| (&*layer.matrix, layer.bias.as_deref())).collect();
                 evalfw_kernels::HostMatrix::products_of_row(&several, values(&x))
             }
         };
