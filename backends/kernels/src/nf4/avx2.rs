@@ -3,8 +3,6 @@
 use evalfw_engine::nf4::{BLOCK, DYNAMIC_MAP, LEVELS, NESTED_BLOCK, Nf4Tensor, Scales};
 use std::arch::x86_64::*;
 
-/// Lanes of a register of f32.
-const LANES: usize = 8;
 /// Scales that are looked up before the blocks that need them.
 const RUN: usize = 64;
 
@@ -28,7 +26,7 @@ pub fn nibbles(codes: __m256i) -> [__m256i; 2] {
 #[target_feature(enable = "avx2,fma")]
 pub fn absmax(scales: &Scales, first: usize, out: &mut [f32]) {
     let map: &[f32; 256] = &DYNAMIC_MAP;
-    let offset = _mm256_set1_ps(scales.offset);
+    let offset = scales.offset;
     let mut at = first;
     let mut out = out;
     while !out.is_empty() {
@@ -36,18 +34,9 @@ pub fn absmax(scales: &Scales, first: usize, out: &mut [f32]) {
         let here = out.len().min(NESTED_BLOCK - at % NESTED_BLOCK);
         let Some(blocks) = out.split_off_mut(..here) else { return };
         let codes = &scales.codes[at..at + here];
-        let nested = _mm256_set1_ps(scales.absmax[at / NESTED_BLOCK]);
-        let whole = here / LANES * LANES;
-        for (codes, out) in codes.as_chunks::<LANES>().0.iter().zip(blocks.as_chunks_mut::<LANES>().0) {
-            let values = codes.map(|code| map[usize::from(code)]);
-            // SAFETY: eight elements are read, and eight written.
-            unsafe {
-                let scaled = _mm256_mul_ps(_mm256_loadu_ps(values.as_ptr()), nested);
-                _mm256_storeu_ps(out.as_mut_ptr(), _mm256_add_ps(scaled, offset));
-            }
-        }
-        for (block, out) in (at + whole..).zip(&mut blocks[whole..]) {
-            *out = scales.absmax(block);
+        let nested = scales.absmax[at / NESTED_BLOCK];
+        for (&code, out) in codes.iter().zip(blocks) {
+            *out = map[usize::from(code)] * nested + offset;
         }
         at += here;
     }

@@ -144,46 +144,76 @@ impl Blocks {
     }
 }
 
-/// Where the weight that is `byte` in the register of its half lies in a block.
-const fn place(half: usize, byte: usize) -> usize {
-    2 * byte + 1 - half
-}
-
-/// Where the level of that weight is found when it has been unpacked, which takes eight bytes of each half of a
-/// register: in which register, and in which word.
-const fn unpacked(half: usize, byte: usize) -> (usize, usize) {
-    (2 * half + byte % 16 / 8, byte / 16 * 8 + byte % 8)
-}
-
 /// And the scale: what 1 times a level of 1 stands for.
 #[target_feature(enable = "avx2,fma")]
 fn block(x: &[f32; BLOCK]) -> (Block, f32) {
-    let halves: [[f32; BYTES]; 2] =
-        std::array::from_fn(|half| std::array::from_fn(|byte| x[place(half, byte)]));
-    let (mut largest, mut sums) = ([0f32; BYTES], [0f32; LANES]);
-    for (half, values) in halves.iter().enumerate() {
-        for (byte, (value, largest)) in values.iter().zip(&mut largest).enumerate() {
-            *largest = largest.max(value.abs());
-            sums[unpacked(half, byte).1 / 2] += value.abs();
-        }
-    }
-    let [largest, largest_sum] =
-        [&largest[..], &sums].map(|sizes| sizes.iter().copied().fold(0f32, f32::max));
-    let scale = (largest / LARGEST).max(largest_sum / LARGEST_SUM);
+    let halves = in_order(x);
+    let sign = _mm256_set1_ps(-0.0);
+    let sizes = halves.map(|half| half.map(|values| _mm256_andnot_ps(sign, values)));
+    let [low, high] = sizes;
+    let largest: [__m256; PARTS] = std::array::from_fn(|i| _mm256_max_ps(low[i], high[i]));
+    let largest = _mm256_max_ps(_mm256_max_ps(largest[0], largest[1]), _mm256_max_ps(largest[2], largest[3]));
+    // Neighbouring words of the registers come into one lane, and so do the four registers.
+    let sums: [__m256; PARTS] = std::array::from_fn(|i| _mm256_add_ps(low[i], high[i]));
+    let sums = _mm256_hadd_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+    let scale = (largest_of_lanes(largest) / LARGEST).max(largest_of_lanes(sums) / LARGEST_SUM);
     let mut block = Block { multiples: [[0; WORDS]; PARTS], left_over: [[0; BYTES]; 2] };
     if !scale.is_normal() {
         // Nothing that the sum would show.
         return (block, 0.0);
     }
-    for (half, values) in halves.iter().enumerate() {
-        for (byte, value) in values.iter().map(|value| value / scale).enumerate() {
-            let multiple = if half == 0 { value.floor() } else { value.ceil() };
-            let (part, word) = unpacked(half, byte);
-            block.multiples[part][word] = multiple as i16;
-            block.left_over[half][byte] = ((value - multiple).abs() * STEPS).round_ties_even() as u8;
+    let factor = _mm256_set1_ps(1.0 / scale);
+    for (half, values) in halves.into_iter().enumerate() {
+        for (group, values) in values.into_iter().enumerate() {
+            let values = _mm256_mul_ps(values, factor);
+            let multiples = if half == 0 { _mm256_floor_ps(values) } else { _mm256_ceil_ps(values) };
+            let left_over = _mm256_andnot_ps(sign, _mm256_sub_ps(values, multiples));
+            let left_over = _mm256_cvtps_epi32(_mm256_mul_ps(left_over, _mm256_set1_ps(STEPS)));
+            // SAFETY: eight words and eight bytes are written, of which there are four times as many.
+            unsafe {
+                let words = block.multiples[2 * half + group % 2].as_mut_ptr().add(group / 2 * LANES);
+                _mm_storeu_si128(words.cast(), narrow(_mm256_cvtps_epi32(multiples)));
+                let bytes = block.left_over[half].as_mut_ptr().add(group * LANES);
+                let narrow = narrow(left_over);
+                _mm_storel_epi64(bytes.cast(), _mm_packus_epi16(narrow, narrow));
+            }
         }
     }
     (block, scale / ONE)
+}
+
+/// The values at odd places, whose weights are second in their bytes, and those at even places. Their levels are
+/// unpacked from eight bytes of each half of a register: of four registers in this order, the words of the first two
+/// parts are those of the first and third and of the second and fourth.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn in_order(x: &[f32; BLOCK]) -> [[__m256; PARTS]; 2] {
+    let pairs = |i: usize| {
+        // SAFETY: 16 values are there.
+        let [a, b] = [0, LANES].map(|next| unsafe { _mm256_loadu_ps(x.as_ptr().add(2 * LANES * i + next)) });
+        // Of each half of the registers four values: the halves in the middle change places.
+        let order = |values: __m256| {
+            _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(values)))
+        };
+        [order(_mm256_shuffle_ps::<0b11_01_11_01>(a, b)), order(_mm256_shuffle_ps::<0b10_00_10_00>(a, b))]
+    };
+    let pairs: [_; PARTS] = std::array::from_fn(pairs);
+    [pairs.map(|[odd, _]| odd), pairs.map(|[_, even]| even)]
+}
+
+/// Eight integers of 32 bits in 16.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn narrow(values: __m256i) -> __m128i {
+    _mm_packs_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256::<1>(values))
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn largest_of_lanes(values: __m256) -> f32 {
+    let largest = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps::<1>(values));
+    let largest = _mm_max_ps(largest, _mm_movehl_ps(largest, largest));
+    _mm_cvtss_f32(_mm_max_ss(largest, _mm_movehdup_ps(largest)))
 }
 
 #[cfg(test)]
@@ -270,14 +300,21 @@ mod tests {
         assert!(unsafe { Blocks::new(&[1.0; 65]) }.is_none());
     }
 
+    /// A weight of 1 at one place after the other picks its value.
     #[test]
-    fn each_weight_has_a_place() {
-        let of_all = || (0..2).flat_map(|half| (0..BYTES).map(move |byte| (half, byte)));
-        let mut places: Vec<_> = of_all().map(|(half, byte)| place(half, byte)).collect();
-        places.sort_unstable();
-        assert!(places.into_iter().eq(0..BLOCK));
-        let mut words: Vec<_> = of_all().map(|(half, byte)| unpacked(half, byte)).collect();
-        words.sort_unstable();
-        assert!(words.into_iter().eq((0..PARTS).flat_map(|part| (0..WORDS).map(move |word| (part, word)))));
+    fn each_weight_has_its_value() {
+        if !is_there() {
+            return;
+        }
+        let x: [f32; BLOCK] = std::array::from_fn(|i| (i as f32 + 1.0) * if i % 3 == 0 { -1.0 } else { 1.0 });
+        for place in 0..BLOCK {
+            let weights: [f32; BLOCK] = std::array::from_fn(|i| if i == place { 1.0 } else { 0.0 });
+            let mut out = [0.0];
+            // SAFETY: the CPU has the instructions.
+            unsafe {
+                Blocks::new(&x).unwrap().add_rows(&Nf4Tensor::quantize([1, BLOCK], &weights), 0, &mut out)
+            };
+            assert!((out[0] - x[place]).abs() < 1e-3, "{place}: {} {}", out[0], x[place]);
+        }
     }
 }

@@ -9,6 +9,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
+use crate::level::for_this_cpu;
 #[cfg(target_arch = "x86_64")]
 use crate::level::{Level, level};
 
@@ -68,12 +69,12 @@ impl Vector {
         // A vector of zeros is exact with any scale.
         let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
         let mut codes = vec![Aligned([0; GROUP]); x.len().div_ceil(GROUP)];
-        let (mut norm, mut error, mut sum) = (0f64, 0f64, 0);
-        for (value, to) in x.iter().zip(codes.iter_mut().flat_map(|group| &mut group.0)) {
-            *to = (value / scale).round() as i8;
-            norm += f64::from(*value).powi(2);
-            error += f64::from(value - f32::from(*to) * scale).powi(2);
-            sum += i32::from(*to);
+        let (mut norm, mut error, mut sum) = (0.0, 0.0, 0);
+        for (x, group) in x.chunks(GROUP).zip(&mut codes) {
+            let of_group = quantize(x, scale, &mut group.0);
+            norm += of_group.norm;
+            error += of_group.error;
+            sum += of_group.codes;
         }
         let (norm, error) = (norm.sqrt() as f32, error.sqrt() as f32);
         Some(Self { codes, scale, norm, error, of_zeros: ZERO * sum })
@@ -109,6 +110,31 @@ impl Vector {
                 row.iter().zip(&self.codes).map(|(packed, vector)| product(&unpack(packed), &vector.0)).sum();
         }
     }
+}
+
+/// What a group adds up to: the squares of its values and of their errors, and its codes.
+#[derive(Default)]
+struct Sums {
+    norm: f64,
+    error: f64,
+    codes: i32,
+}
+
+for_this_cpu! {
+    /// Rounds up to a group of values to multiples of `scale`.
+    fn quantize(x: &[f32], scale: f32, codes: &mut [i8; GROUP]) -> Sums = quantize_body
+}
+
+#[inline(always)]
+fn quantize_body(x: &[f32], scale: f32, codes: &mut [i8; GROUP]) -> Sums {
+    let mut sums = Sums::default();
+    for (value, code) in x.iter().zip(codes) {
+        *code = (value / scale).round_ties_even() as i8;
+        sums.norm += f64::from(*value).powi(2);
+        sums.error += f64::from(value - f32::from(*code) * scale).powi(2);
+        sums.codes += i32::from(*code);
+    }
+    sums
 }
 
 fn product(codes: &[u8; GROUP], vector: &[i8; GROUP]) -> i32 {
