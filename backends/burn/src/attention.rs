@@ -42,6 +42,7 @@ pub struct Pass {
 }
 
 /// What computes it.
+#[allow(clippy::large_enum_variant, reason = "one of them exists at a time")]
 enum Form {
     /// The operations of [`fused`].
     Fused { rotation: RowOp },

@@ -110,6 +110,7 @@ impl Block {
 }
 
 /// A linear layer of the frozen base.
+#[allow(clippy::large_enum_variant, reason = "a model has few of them")]
 enum Projection {
     Host(HostLayer),
     Device {

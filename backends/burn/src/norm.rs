@@ -6,6 +6,7 @@ use crate::fused::RowOp;
 use burn::tensor::{Tensor, TensorData};
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a model has few of them")]
 pub enum RmsNorm {
     /// By one kernel.
     Fused(RowOp),

@@ -8,10 +8,13 @@ pub const SIDE: usize = 16;
 /// Of a square for AVX2.
 const SIDE_OF_AVX2: usize = 8;
 
+/// From where, with which distance between rows, to where, with which distance.
+type CopySquare = unsafe fn(*const u32, usize, *mut u32, usize);
+
 /// How this CPU turns squares.
 pub struct Squares {
     pub side: usize,
-    copy: unsafe fn(*const u32, usize, *mut u32, usize),
+    copy: CopySquare,
 }
 
 impl Squares {
@@ -114,7 +117,7 @@ unsafe fn copy_avx2(from: *const u32, from_stride: usize, to: *mut u32, to_strid
 mod tests {
     use super::*;
 
-    fn check(side: usize, copy: unsafe fn(*const u32, usize, *mut u32, usize)) {
+    fn check(side: usize, copy: CopySquare) {
         let from: Vec<u32> = (0..side as u32 * 20).collect();
         let mut turned = vec![0u32; side * 24];
         // SAFETY: rows of 20 and of 24 elements are there.
@@ -127,7 +130,7 @@ mod tests {
 
     #[test]
     fn a_square_is_turned() {
-        let checks: [(Level, usize, unsafe fn(*const u32, usize, *mut u32, usize)); 2] =
+        let checks: [(Level, usize, CopySquare); 2] =
             [(Level::Avx512, SIDE, copy_avx512), (Level::Avx2, SIDE_OF_AVX2, copy_avx2)];
         for (level, side, copy) in checks {
             if level.is_there() {
