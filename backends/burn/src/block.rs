@@ -1,13 +1,11 @@
 //! A transformer block of Qwen2.
 
-use crate::BurnDevice;
 use crate::attention::{Heads, LayerCache, Pass, attend};
 use crate::device::OpenDevice;
 use crate::frozen::FrozenMatrix;
 use crate::fused::{self, HostLayer, swiglu};
 use crate::lora::LoraLayer;
 use crate::norm::RmsNorm;
-use crate::packed::HostMatrix;
 use burn::tensor::activation::silu;
 use burn::tensor::{Tensor, TensorData};
 use evalfw_engine::Result;
@@ -93,9 +91,11 @@ impl Block {
         x: Tensor<2>,
         lora: Option<LoraLayer<'_>>,
     ) -> [Tensor<2>; N] {
-        let layers = targets.iter().map(|&target| self.projections[target as usize].on_host().cloned());
-        match layers.collect::<Option<Vec<_>>>() {
-            Some(layers) if lora.is_none() && x.dims()[0] == 1 => {
+        let on_host = |target: Target| self.projections[target as usize].on_host().cloned();
+        let is_one_row = lora.is_none() && x.dims()[0] == 1;
+        let layers: Option<Vec<_>> = is_one_row.then(|| targets.into_iter().map(on_host).collect()).flatten();
+        match layers {
+            Some(layers) => {
                 let widths: [usize; N] = std::array::from_fn(|i| layers[i].matrix.shape()[0]);
                 let together = fused::layers(x, layers);
                 let mut start = 0;
@@ -104,7 +104,7 @@ impl Block {
                     together.clone().narrow(1, start - width, width)
                 })
             }
-            _ => targets.map(|target| self.project(target, x.clone(), lora)),
+            None => targets.map(|target| self.project(target, x.clone(), lora)),
         }
     }
 }
@@ -123,19 +123,15 @@ enum Projection {
 impl Projection {
     fn new(projection: weights::Projection, device: &OpenDevice) -> Self {
         let weights::Projection { weight, bias } = projection;
-        match device.kind {
-            BurnDevice::Flex => {
-                let matrix = HostMatrix::new(weight, device.products);
-                Self::Host(HostLayer { matrix, bias: bias.map(Into::into) })
-            }
-            BurnDevice::Wgpu => {
-                let bias = bias.map(|bias| {
-                    let shape = [1, bias.len()];
-                    Tensor::from_data(TensorData::new(bias, shape), &device.device)
-                });
-                Self::Device { weight: FrozenMatrix::new(weight, device), bias }
-            }
+        let weight = FrozenMatrix::new(weight, device);
+        if let Some(matrix) = weight.host() {
+            return Self::Host(HostLayer { matrix: matrix.clone(), bias: bias.map(Into::into) });
         }
+        let bias = bias.map(|bias| {
+            let shape = [1, bias.len()];
+            Tensor::from_data(TensorData::new(bias, shape), &device.device)
+        });
+        Self::Device { weight, bias }
     }
 
     fn on_host(&self) -> Option<&HostLayer> {

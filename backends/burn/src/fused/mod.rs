@@ -167,15 +167,27 @@ fn like(tensor: &FlexTensor, values: Vec<f32>) -> FlexTensor {
     FlexTensor::from_data(TensorData::new(values, tensor.layout().shape().clone()))
 }
 
+/// Computes an operation and, where an argument is differentiated, keeps all of them for its backward.
+fn tracked<B: Backend, C: CheckpointStrategy, Op, const N: usize>(
+    op: Op,
+    args: [FloatTensor<Autodiff<B, C>>; N],
+    compute: impl FnOnce([FloatTensor<B>; N]) -> FloatTensor<B>,
+) -> FloatTensor<Autodiff<B, C>>
+where
+    Op: Backward<B, N, State = [FloatTensor<B>; N]>,
+{
+    let nodes = args.each_ref().map(|arg| arg.node());
+    let args = args.map(|arg| arg.into_primitive());
+    let out = compute(args.clone());
+    match op.prepare::<C>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(step) => step.finish(args, out),
+        OpsKind::UnTracked(step) => step.finish(out),
+    }
+}
+
 impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     fn fused_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        let nodes = [gate.node(), up.node()];
-        let args = [gate.into_primitive(), up.into_primitive()];
-        let out = B::fused_swiglu(args[0].clone(), args[1].clone());
-        match SwiGlu.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish(args, out),
-            OpsKind::UnTracked(step) => step.finish(out),
-        }
+        tracked::<B, C, _, _>(SwiGlu, [gate, up], |[gate, up]| B::fused_swiglu(gate, up))
     }
 
     fn fused_attention(
@@ -184,13 +196,9 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         value: FloatTensor<Self>,
         shape: Shape,
     ) -> FloatTensor<Self> {
-        let nodes = [query.node(), key.node(), value.node()];
-        let args = [query, key, value].map(|x| x.into_primitive());
-        let out = B::fused_attention(args[0].clone(), args[1].clone(), args[2].clone(), shape);
-        match Attention(shape).prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish(args, out),
-            OpsKind::UnTracked(step) => step.finish(out),
-        }
+        tracked::<B, C, _, _>(Attention(shape), [query, key, value], |[query, key, value]| {
+            B::fused_attention(query, key, value, shape)
+        })
     }
 
     fn fused_adapted(
@@ -199,13 +207,9 @@ impl<B: FusedGradients, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
         b: FloatTensor<Self>,
         projection: Projection,
     ) -> FloatTensor<Self> {
-        let nodes = [x.node(), a.node(), b.node()];
-        let args = [x, a, b].map(|x| x.into_primitive());
-        let out = B::fused_adapted(args[0].clone(), args[1].clone(), args[2].clone(), projection.clone());
-        match Adapted(projection).prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish(args, out),
-            OpsKind::UnTracked(step) => step.finish(out),
-        }
+        tracked::<B, C, _, _>(Adapted(projection.clone()), [x, a, b], |[x, a, b]| {
+            B::fused_adapted(x, a, b, projection)
+        })
     }
 }
 

@@ -1,11 +1,11 @@
 //! What is computed row by row: normalisation and rotation.
 
-use super::like;
+use super::{like, register, tracked};
 use crate::packed::values;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::autodiff::ops::{Backward, Ops};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::Tensor;
@@ -81,13 +81,7 @@ impl RowGradients for Flex {
 
 impl<B: RowGradients, C: CheckpointStrategy> FusedRows for Autodiff<B, C> {
     fn fused_rows(x: FloatTensor<Self>, op: RowOp) -> FloatTensor<Self> {
-        let node = x.node();
-        let x = x.into_primitive();
-        let out = B::fused_rows(x.clone(), op.clone());
-        match Rows(op).prepare::<C>([node]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish(x, out),
-            OpsKind::UnTracked(step) => step.finish(out),
-        }
+        tracked::<B, C, _, _>(Rows(op.clone()), [x], |[x]| B::fused_rows(x, op))
     }
 }
 
@@ -95,11 +89,12 @@ impl<B: RowGradients, C: CheckpointStrategy> FusedRows for Autodiff<B, C> {
 struct Rows(RowOp);
 
 impl<B: RowGradients> Backward<B, 1> for Rows {
-    type State = FloatTensor<B>;
+    type State = [FloatTensor<B>; 1];
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let of_x = B::row_gradient(ops.state, self.0, grads.consume::<B>(&ops.node));
-        super::register::<B, 1>(ops.parents.map(|parent| parent.map(|parent| parent.id)), [of_x], grads);
+        let [x] = ops.state;
+        let of_x = B::row_gradient(x, self.0, grads.consume::<B>(&ops.node));
+        register::<B, 1>(ops.parents.map(|parent| parent.map(|parent| parent.id)), [of_x], grads);
     }
 }
 
