@@ -32,7 +32,7 @@ pub const ENGINES: &[EngineSpec] = &[
     },
     EngineSpec {
         name: "candle-cpu-bf16",
-        summary: "candle on a CPU that multiplies bf16",
+        summary: "candle on the CPU, with bf16 where that is faster",
         kernels: Kernels::Tuned { stock: Some("candle-cpu-stock") },
         open: candle::cpu_bf16,
     },
@@ -92,7 +92,7 @@ pub const ENGINES: &[EngineSpec] = &[
     },
     EngineSpec {
         name: "burn-flex-bf16",
-        summary: "Burn on a CPU that multiplies bf16",
+        summary: "Burn on the CPU, with bf16 where that is faster",
         kernels: Kernels::Tuned { stock: Some("burn-flex-stock") },
         open: burn::flex_bf16,
     },

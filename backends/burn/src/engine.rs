@@ -13,7 +13,7 @@ use evalfw_engine::protocol::{EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::WeightLoader;
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
-use evalfw_kernels::level::level;
+use evalfw_kernels::level::{InBf16, level};
 use evalfw_kernels::memory::keep_freed_memory;
 
 pub struct BurnEngine {
@@ -73,7 +73,7 @@ impl Engine for BurnEngine {
             adapters: self.device.adapters.clone(),
             compute_dtype: match self.device.products {
                 Products::F32 => "f32",
-                Products::Bf16 => "bf16 products",
+                Products::Bf16 => InBf16::on_cpu().unwrap_or(InBf16::Products).compute_dtype(),
             }
             .into(),
             features: features(self.device.kind, self.variant, self.tuner.is_some()),

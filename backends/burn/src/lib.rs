@@ -54,7 +54,7 @@ pub use tune::{Autotune, When};
 
 use evalfw_engine::{Engine, Error, Result};
 use evalfw_kernels::Products;
-use evalfw_kernels::level::bf16_products_on_cpu;
+use evalfw_kernels::level::InBf16;
 use std::path::PathBuf;
 
 /// Where burn computes.
@@ -71,7 +71,8 @@ pub enum BurnDevice {
 pub enum Variant {
     /// With kernels of ours for the frozen matrices.
     Tuned,
-    /// The same with the factors of these products in bf16; sums and everything else stay in f32. On the CPU only.
+    /// The same with the factors of these products in bf16, or what [`InBf16`] says; sums and everything else stay in
+    /// f32. On the CPU only.
     TunedBf16,
     /// Nothing but what Burn ships: its modules, its 4-bit format, its LoRA, its gradient checkpointing.
     Stock,
@@ -93,7 +94,7 @@ pub fn open(device: BurnDevice, variant: Variant, preparation: &Preparation) -> 
     let products = match (variant, device) {
         (Variant::Tuned | Variant::Stock, _) => Products::F32,
         (Variant::TunedBf16, BurnDevice::Flex) => {
-            bf16_products_on_cpu().map_err(|reason| unavailable(device, reason))?;
+            InBf16::on_cpu().map_err(|reason| unavailable(device, reason))?;
             Products::Bf16
         }
         (Variant::TunedBf16, BurnDevice::Wgpu) => {

@@ -13,6 +13,7 @@ use evalfw_engine::protocol::{EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::{DenseTensor, Weight, WeightLoader};
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
+use evalfw_kernels::level::InBf16;
 use evalfw_kernels::memory::keep_freed_memory;
 use std::sync::Arc;
 use std::time::Instant;
@@ -64,11 +65,7 @@ impl Engine for CandleEngine {
             framework_version: env!("CANDLE_VERSION").to_owned(),
             device: device::info(&self.device),
             adapters: None,
-            compute_dtype: match self.products {
-                Products::Bf16 => "bf16 products",
-                Products::F32 => "f32",
-            }
-            .to_owned(),
+            compute_dtype: compute_dtype(self.kind, self.products).to_owned(),
             features: device::features(self.kind).into_iter().chain(self.notes.clone()).collect(),
             quantizations: vec![Quantization::None, Quantization::Nf4, Quantization::Native],
             threads: rayon::current_num_threads(),
@@ -81,6 +78,14 @@ impl Engine for CandleEngine {
         let arithmetic = (self.form, self.products);
         let network = Loading { loader, device: &self.device, arithmetic, tables }.network()?;
         Ok(Box::new(CandleModel::new(network)))
+    }
+}
+
+fn compute_dtype(kind: CandleDevice, products: Products) -> &'static str {
+    match (products, kind) {
+        (Products::F32, _) => "f32",
+        (Products::Bf16, CandleDevice::Cpu) => InBf16::on_cpu().unwrap_or(InBf16::Products).compute_dtype(),
+        (Products::Bf16, _) => InBf16::Products.compute_dtype(),
     }
 }
 

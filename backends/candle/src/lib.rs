@@ -27,7 +27,7 @@ mod values;
 
 use evalfw_engine::{Engine, Error, Result};
 use evalfw_kernels::Products;
-use evalfw_kernels::level::bf16_products_on_cpu;
+use evalfw_kernels::level::InBf16;
 
 /// Where candle computes. CUDA and Metal need the cargo feature of their name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -52,7 +52,8 @@ impl CandleDevice {
 pub enum Variant {
     /// Kernels of our own, in f32.
     Tuned,
-    /// The same with the factors of matrix products in bf16; sums and everything else stay in f32.
+    /// The same with the factors of matrix products in bf16, or on a CPU what [`InBf16`] says; sums and everything else
+    /// stay in f32.
     TunedBf16,
     /// Nothing but what candle ships: it decodes a matrix, multiplies, and leaves the gradients to its autograd.
     Stock,
@@ -86,7 +87,7 @@ pub fn open(device: CandleDevice, variant: Variant) -> Result<Box<dyn Engine>> {
 
 fn check_bf16(device: CandleDevice) -> Result<()> {
     let found = match device {
-        CandleDevice::Cpu => bf16_products_on_cpu(),
+        CandleDevice::Cpu => InBf16::on_cpu().map(|_| ()),
         CandleDevice::Metal => Err("products of bf16 with sums in f32 are not there on Metal"),
         CandleDevice::Cuda => Ok(()),
     };

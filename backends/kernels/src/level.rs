@@ -80,14 +80,36 @@ pub fn bf16_products_pay() -> bool {
     has_bf16_products() && !is_intel()
 }
 
-/// Whether products of bf16 are of use on this CPU; if not, why.
-pub fn bf16_products_on_cpu() -> Result<(), &'static str> {
-    if !has_bf16_products() {
-        Err("this CPU has no instruction for products of bf16 (AVX512_BF16)")
-    } else if !bf16_products_pay() {
-        Err("this CPU multiplies bf16 more slowly than f32")
-    } else {
-        Ok(())
+/// What [`Products::Bf16`](crate::Products::Bf16) stands for on a CPU. In both, an engine keeps in bf16 what the
+/// backward pass needs of the forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InBf16 {
+    /// The factors of all products are rounded.
+    Products,
+    /// For want of an instruction, products stay in f32, but for those of NF4 and one row, which is rounded to 16 bits.
+    Kept,
+}
+
+impl InBf16 {
+    /// What this CPU makes of it; where nothing that is faster than f32, why.
+    pub fn on_cpu() -> Result<Self, &'static str> {
+        if bf16_products_pay() {
+            Ok(Self::Products)
+        } else if has_bf16_products() {
+            Err("this CPU multiplies bf16 more slowly than f32")
+        } else if rows_in_16_bits() {
+            Ok(Self::Kept)
+        } else {
+            Err("this CPU has no instruction for products of bf16 (AVX512_BF16), nor AVX2 alone")
+        }
+    }
+
+    /// As an engine states it.
+    pub fn compute_dtype(self) -> &'static str {
+        match self {
+            Self::Products => "bf16 products",
+            Self::Kept => "f32, kept in bf16",
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::argmax::Screen;
 use crate::elementwise::widen_bf16;
-use crate::level::has_bf16_products;
+use crate::level::{has_bf16_products, rows_in_16_bits};
 use crate::{nf4, product, vector};
 use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
 use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
@@ -43,12 +43,12 @@ impl LowRank {
     }
 }
 
-/// The type of the factors of a product with many rows. Sums are in f32.
+/// The type of the factors of a product. Sums are in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Products {
     #[default]
     F32,
-    /// Where the CPU has an instruction for it; else f32.
+    /// Where the CPU has an instruction for it; else f32, but for what [`InBf16`](crate::level::InBf16) says.
     Bf16,
 }
 
@@ -72,7 +72,7 @@ impl HostMatrix {
                 (tensor.shape, elements)
             }
         };
-        let products = if has_bf16_products() { products } else { Products::F32 };
+        let products = if has_bf16_products() || rows_in_16_bits() { products } else { Products::F32 };
         Self { shape, elements, products, screen: OnceLock::new() }
     }
 

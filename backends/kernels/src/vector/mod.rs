@@ -9,6 +9,8 @@ mod avx512;
 use crate::dot::{dot, dot_bf16};
 #[cfg(target_arch = "x86_64")]
 use crate::level::rows_in_16_bits;
+#[cfg(target_arch = "x86_64")]
+use crate::matrix::Products;
 use crate::matrix::{Elements, HostMatrix};
 use crate::team::for_each_piece;
 use evalfw_engine::nf4::BLOCK;
@@ -52,10 +54,7 @@ impl<'a> Vector<'a> {
             #[cfg(target_arch = "x86_64")]
             chunks: avx512::Chunks::new(matrices, x),
             #[cfg(target_arch = "x86_64")]
-            blocks: (rows_in_16_bits() && matrices.iter().any(|m| matches!(m.elements, Elements::Nf4(_))))
-                // SAFETY: the CPU has the instructions.
-                .then(|| unsafe { avx2::Blocks::new(x) })
-                .flatten(),
+            blocks: blocks(matrices, x),
         }
     }
 
@@ -72,6 +71,18 @@ impl<'a> Vector<'a> {
         }
         add_rows(matrix, first, self.x, out);
     }
+}
+
+/// `None` where no matrix asks for them or the vector cannot be written so.
+#[cfg(target_arch = "x86_64")]
+fn blocks(matrices: &[&HostMatrix], x: &[f32]) -> Option<avx2::Blocks> {
+    let first = matrices.iter().find(|matrix| matches!(matrix.elements, Elements::Nf4(_)))?;
+    let rounding = match first.products {
+        Products::F32 => avx2::Rounding::WithRest,
+        Products::Bf16 => avx2::Rounding::ToMultiples,
+    };
+    // SAFETY: the CPU has the instructions.
+    rows_in_16_bits().then(|| unsafe { avx2::Blocks::new(x, rounding) }).flatten()
 }
 
 /// As [`Vector::add_rows`], on any CPU.
