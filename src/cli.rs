@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::cmd::{engines, run, synth, verify, worker};
+use crate::cmd::{compare, engines, run, synth, verify, worker};
 use crate::output::note;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -11,6 +11,7 @@ Examples:
   evalfw run --suite quick --model tiny    does it all work? a minute at most
   evalfw run --engine candle-cpu,burn-flex --model Qwen/Qwen2.5-Coder-1.5B-Instruct
   evalfw report results/20261123-101500-default
+  evalfw compare results/BASE results/HEAD is it faster or slower than before, and is that sure?
   evalfw engines                           what can run on this machine, and what is missing
 
 Exit codes: 0 done, 1 a cell failed, 2 bad input, 130 interrupted.";
@@ -27,6 +28,7 @@ struct Cli {
 enum Command {
     Run(run::RunArgs),
     Report(crate::cmd::report::ReportArgs),
+    Compare(compare::CompareArgs),
     Engines(engines::EnginesArgs),
     Verify(verify::VerifyArgs),
     Synth(synth::SynthArgs),
@@ -42,6 +44,7 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
         Command::Report(args) => crate::cmd::report::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Engines(args) => engines::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Synth(args) => synth::run(&args),

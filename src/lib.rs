@@ -4,6 +4,7 @@
 
 pub mod cli;
 pub mod cmd;
+pub mod compare;
 pub mod data;
 pub mod decide;
 pub mod engines;

@@ -1,5 +1,6 @@
 //! One module for each verb.
 
+pub mod compare;
 pub mod engines;
 pub mod report;
 pub mod run;

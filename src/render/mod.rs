@@ -3,7 +3,7 @@
 
 mod charts;
 mod facts;
-mod format;
+pub mod format;
 mod pools;
 mod prose;
 mod quality;

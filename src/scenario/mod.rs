@@ -128,6 +128,14 @@ impl Scenario {
         }
     }
 
+    /// The evaluation loss that it trains to, if it does.
+    pub fn target_loss(&self) -> Option<f64> {
+        match self {
+            Self::Quality(s) => Some(s.target_loss),
+            _ => None,
+        }
+    }
+
     /// How it trains, if it does.
     pub fn training(&self) -> Option<&TrainScenario> {
         match self {
