@@ -24,9 +24,11 @@ fn side(repetitions: u32, stretch: f64, seed: u64) -> Vec<CellRecord> {
     let mut cells = Vec::new();
     for repetition in 0..repetitions {
         for scenario in [train(256), infer()] {
-            let mut cell = Engine::new("candle-cpu", 1.2, 2.0).cell(&scenario, repetition);
-            // The fixture drifts from step to step, which would be noise of another kind.
+            let engine = Engine::new("candle-cpu", 1.2, 2.0);
+            let mut cell = engine.cell(&scenario, repetition);
+            // The fixture drifts from step to step and from one repetition to the next: noise of another kind.
             cell.samples.train.iter_mut().for_each(|step| step.seconds = 2.0);
+            cell.samples.phases = engine.cell(&scenario, 0).samples.phases;
             let process = stretch * noise();
             stretch_times(&mut cell.samples, || process * noise());
             cells.push(cell);
