@@ -11,10 +11,10 @@ Examples:
   evalfw run --suite quick --model tiny    does it all work? a minute at most
   evalfw run --engine candle-cpu,burn-flex --model Qwen/Qwen2.5-Coder-1.5B-Instruct
   evalfw report results/20261123-101500-default
-  evalfw compare results/BASE results/HEAD is it faster or slower than before, and is that sure?
+  evalfw compare BASE HEAD                 is it faster or slower than before, and is that sure?
   evalfw engines                           what can run on this machine, and what is missing
 
-Exit codes: 0 done, 1 a cell failed, 2 bad input, 130 interrupted.";
+Exit codes: 0 done, 1 a cell failed or a figure got worse, 2 bad input, 3 inconclusive, 130 interrupted.";
 
 /// Measures fine-tuning frameworks on the hardware at hand and writes the decision report.
 #[derive(Parser)]

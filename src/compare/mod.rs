@@ -139,15 +139,17 @@ fn rows_of(base: &Job, head: &Job, thresholds: &Thresholds) -> Vec<Row> {
     outcomes.into_iter().chain(metrics).collect()
 }
 
-/// `None` where all cells of both sides ended ok. A side is worse when cells of it failed and none of the other's did.
+/// `None` where all cells of both sides ended ok. A side is worse when cells of it failed and none of the other's did, or
+/// when all did and not all of the other's.
 fn outcomes_row(base: &Job, head: &Job) -> Option<Row> {
     let all_ok = |job: &Job| job.ok().count() == job.cells.len();
-    let verdict = match (all_ok(base), all_ok(head)) {
-        (true, true) => return None,
-        (true, false) => Verdict::Worse,
-        (false, true) => Verdict::Better,
-        (false, false) if base.ok().next().is_none() && head.ok().next().is_none() => Verdict::Same,
-        (false, false) => Verdict::Inconclusive,
+    let none_ok = |job: &Job| job.ok().next().is_none();
+    let verdict = match (base, head) {
+        _ if all_ok(base) && all_ok(head) => return None,
+        _ if none_ok(base) && none_ok(head) => Verdict::Inconclusive,
+        _ if all_ok(base) || none_ok(head) => Verdict::Worse,
+        _ if all_ok(head) || none_ok(base) => Verdict::Better,
+        _ => Verdict::Inconclusive,
     };
     let error = head.cells.iter().chain(&base.cells).find_map(|cell| cell.error.as_ref());
     let reason = error.map(|error| format!("{}: {}", error.during, error.message));
@@ -185,7 +187,17 @@ fn metric_row(base: &Job, head: &Job, metric: Metric, thresholds: &Thresholds) -
     let threshold = thresholds.of(metric);
     let cost = ratio_of_medians(&costs[0], &costs[1], thresholds.confidence);
     let fewest = costs[0].len().min(costs[1].len());
+    // A process that ended ok may still have missed what is measured, such as the target.
+    let missed =
+        [base, head].map(|job| job.ok().count()).iter().zip(&costs).map(|(ok, costs)| ok - costs.len());
+    let missed: Vec<usize> = missed.collect();
     let (verdict, reason) = match &cost {
+        _ if missed[0] == 0 && missed[1] > 0 => {
+            (Verdict::Worse, Some(format!("{} of the head's processes do not have it", missed[1])))
+        }
+        _ if missed[0] > 0 => {
+            (Verdict::Inconclusive, Some(format!("{} of the base's processes do not have it", missed[0])))
+        }
         None => (Verdict::Inconclusive, Some(no_ratio(&costs))),
         Some(_) if fewest < thresholds.min_processes => {
             let least = thresholds.min_processes;
