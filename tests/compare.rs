@@ -121,6 +121,19 @@ fn faster_is_better_and_no_regression() {
 }
 
 #[test]
+fn a_target_that_the_head_misses_is_a_regression() {
+    let runs = |seconds: f64| -> Vec<CellRecord> {
+        let cell = |i| Engine::new("candle-cpu", 1.2, seconds).cell(&records::quality(3.0), i);
+        (0..4).map(cell).collect()
+    };
+    let mut missed = runs(2.0);
+    missed[1].samples.evaluations.truncate(2);
+    let reason = contains("1 of the head's processes do not have it");
+    compared(&runs(2.0), &missed, &[]).code(1).stdout(reason);
+    compared(&missed, &runs(2.0), &[]).code(3);
+}
+
+#[test]
 fn few_processes_or_much_noise_decide_nothing() {
     let few = contains("inconclusive: 2 of at least 3 processes on a side");
     compared(&side(2, 1.0, 1), &side(2, 1.3, 2), &[]).code(3).stdout(few);
@@ -138,6 +151,8 @@ fn several_records_of_a_side_count_together_but_none_twice() {
     let joined = |a: &Path, b: &Path| PathBuf::from(format!("{},{}", a.display(), b.display()));
     compare(&joined(&a, &b), &joined(&c, &d), &[]).code(0);
     compare(&joined(&a, &a), &joined(&c, &d), &[]).code(2).stderr(contains("is there twice"));
+    // Of three folders, as of a shell's pattern, none may slip to the other side.
+    compare(&a, &c, &[d.to_str().unwrap()]).code(2).stderr(contains("unexpected argument"));
 }
 
 #[test]
@@ -178,6 +193,10 @@ fn a_crash_is_a_regression_and_what_was_not_run_is_inconclusive() {
     let words = contains("crashed 1 of 4").and(contains("the worker died"));
     compared(&base, &crashed, &[]).code(1).stdout(words);
     compared(&crashed, &head, &[]).code(0);
+    let all_crashed: Vec<_> =
+        head.iter().map(|cell| ended(cell.clone(), Outcome::Crashed, "the worker died")).collect();
+    compared(&base, &all_crashed, &[]).code(1);
+    compared(&all_crashed, &all_crashed, &[]).code(3);
     let only = |kind: &str, cells: &[CellRecord]| -> Vec<CellRecord> {
         cells.iter().filter(|cell| cell.parameters.kind() == kind).cloned().collect()
     };

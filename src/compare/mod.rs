@@ -188,9 +188,8 @@ fn metric_row(base: &Job, head: &Job, metric: Metric, thresholds: &Thresholds) -
     let cost = ratio_of_medians(&costs[0], &costs[1], thresholds.confidence);
     let fewest = costs[0].len().min(costs[1].len());
     // A process that ended ok may still have missed what is measured, such as the target.
-    let missed =
-        [base, head].map(|job| job.ok().count()).iter().zip(&costs).map(|(ok, costs)| ok - costs.len());
-    let missed: Vec<usize> = missed.collect();
+    let missed = |job: &Job, costs: &Processes| job.ok().count() - costs.len();
+    let missed = [missed(base, &costs[0]), missed(head, &costs[1])];
     let (verdict, reason) = match &cost {
         _ if missed[0] == 0 && missed[1] > 0 => {
             (Verdict::Worse, Some(format!("{} of the head's processes do not have it", missed[1])))
