@@ -248,7 +248,7 @@ mod tests {
     const ROUNDINGS: [Rounding; 2] = [Rounding::WithRest, Rounding::ToMultiples];
 
     /// The largest distance from sums in f64, and what it may be: each level is off by at most 1e-5 of the largest of
-    /// its block and, where a value is rounded, so is that by 1.6e-5; errors of different terms have different signs.
+    /// its block and, where a value is rounded, so is that by 4.8e-5; errors of different terms have different signs.
     fn distance(tensor: &Nf4Tensor, x: &[f32], rounding: Rounding) -> (f64, f64) {
         let [height, width] = tensor.shape;
         let mut out = vec![0.0; height];
@@ -262,7 +262,11 @@ mod tests {
             most = most.max((f64::from(*out) - exact).abs());
             scale = row.iter().fold(scale, |scale, w| scale.max(f64::from(w.abs())));
         }
-        (most, 4e-5 * (width as f64).sqrt() * scale * largest)
+        let each = match rounding {
+            Rounding::WithRest => 4e-5,
+            Rounding::ToMultiples => 1e-4,
+        };
+        (most, each * (width as f64).sqrt() * scale * largest)
     }
 
     fn is_there() -> bool {
@@ -345,7 +349,7 @@ mod tests {
                 let mut out = [0.0];
                 // SAFETY: the CPU has the instructions.
                 unsafe { Blocks::new(&x, rounding).unwrap().add_rows(&tensor, 0, &mut out) };
-                assert!((out[0] - x[place]).abs() < 1.1e-3, "{place}, {rounding:?}: {} {}", out[0], x[place]);
+                assert!((out[0] - x[place]).abs() < 3.2e-3, "{place}, {rounding:?}: {} {}", out[0], x[place]);
             }
         }
     }
