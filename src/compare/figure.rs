@@ -2,7 +2,7 @@
 
 use crate::decide::jobs::Job;
 use crate::measure::metrics::{
-    counted_decodes, counted_prefills, counted_steps, peak_memory, time_to_target,
+    counted_decodes, counted_prefills, counted_steps, peak_memory, seconds_per_amount, time_to_target,
 };
 use crate::record::CellRecord;
 use crate::scenario::Scenario;
@@ -67,17 +67,17 @@ impl Metric {
         if self.is_rate() { 1.0 / cost } else { cost }
     }
 
-    /// What each sample of a cell cost: seconds, seconds per token, or bytes. For a rate the amount is the mean over the
-    /// samples, as rows have a fixed number of slots (see [`crate::measure::metrics::rate`]).
+    /// What each sample of a cell cost: seconds, seconds per token, or bytes. Their median is
+    /// the figure of the report, or the inverse of it.
     fn costs(self, cell: &CellRecord) -> Vec<f64> {
         let samples = &cell.samples;
         match self {
             Self::LoadSeconds => samples.load.iter().map(|load| load.times.total_seconds).collect(),
             Self::TrainingTokensPerSecond => {
-                per_amount(counted_steps(samples).map(|step| (step.real_tokens as f64, step.seconds)))
+                seconds_per_amount(counted_steps(samples).map(|step| (step.real_tokens as f64, step.seconds)))
             }
-            Self::PromptTokensPerSecond => per_amount(counted_prefills(samples)),
-            Self::GeneratedTokensPerSecond => per_amount(counted_decodes(samples)),
+            Self::PromptTokensPerSecond => seconds_per_amount(counted_prefills(samples)),
+            Self::GeneratedTokensPerSecond => seconds_per_amount(counted_decodes(samples)),
             Self::SecondsToTarget => {
                 let target = cell.parameters.target_loss();
                 let met = target.and_then(|target| time_to_target(samples, target));
@@ -104,10 +104,4 @@ impl Metric {
     pub fn processes(self, job: &Job) -> Vec<Vec<f64>> {
         job.ok().map(|cell| self.costs(cell)).filter(|costs| !costs.is_empty()).collect()
     }
-}
-
-fn per_amount(samples: impl Iterator<Item = (f64, f64)>) -> Vec<f64> {
-    let (amounts, seconds): (Vec<f64>, Vec<f64>) = samples.unzip();
-    let mean = amounts.iter().sum::<f64>() / amounts.len() as f64;
-    seconds.into_iter().map(|seconds| seconds / mean).collect()
 }

@@ -1,6 +1,6 @@
 //! JUnit XML, which continuous integration shows: a suite per job, a case per metric.
 
-use super::present::{change, figure};
+use super::present::{change, figure, mark};
 use super::{Comparison, Row, Verdict};
 use anyhow::{Context, Result};
 use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite};
@@ -9,20 +9,19 @@ pub fn xml(comparison: &Comparison) -> Result<String> {
     let mut report = Report::new("evalfw compare");
     for rows in comparison.rows.chunk_by(|a, b| a.job == b.job) {
         let mut suite = TestSuite::new(rows[0].job.as_str());
-        suite.add_test_cases(rows.iter().map(|row| case(row, &comparison.differences)));
+        suite.add_test_cases(rows.iter().map(|row| case(row, comparison)));
         report.add_test_suite(suite);
     }
     report.to_string().context("the JUnit report cannot be written")
 }
 
-fn case(row: &Row, differences: &[String]) -> TestCase {
+fn case(row: &Row, comparison: &Comparison) -> TestCase {
     let mut status = match row.verdict {
         Verdict::Better | Verdict::Same => TestCaseStatus::success(),
         Verdict::Worse => TestCaseStatus::non_success(NonSuccessKind::Failure),
         Verdict::Inconclusive => TestCaseStatus::skipped(),
     };
-    let different = if differences.is_empty() { "" } else { " (different machines or work)" };
-    let text = format!("{}: {}{different}", row.verdict.as_str(), in_words(row));
+    let text = format!("{}: {}{}", row.verdict.as_str(), in_words(row), mark(comparison));
     status.set_message(text.as_str());
     let mut case = TestCase::new(row.metric.map_or("outcome", |metric| metric.name()), status);
     case.set_classname(row.job.as_str());
@@ -32,7 +31,7 @@ fn case(row: &Row, differences: &[String]) -> TestCase {
 
 fn in_words(row: &Row) -> String {
     let figures = format!("base {}, head {}", figure(row, &row.base), figure(row, &row.head));
-    let change = row.ratio.map(|_| format!(", {}", change(row)));
+    let change = row.ratio.as_ref().map(|ratio| format!(", {}", change(ratio)));
     let reason = row.reason.as_ref().map(|reason| format!("; {reason}"));
     figures + &change.unwrap_or_default() + &reason.unwrap_or_default()
 }

@@ -111,7 +111,7 @@ pub fn compare(base: &[CellRecord], head: &[CellRecord], thresholds: &Thresholds
         bail!("the records have no job in common: no engine ran the same scenario on the same model in both");
     }
     if rows.is_empty() {
-        bail!("no job of the records ended ok on either side: there is nothing to compare");
+        bail!("every job that the records have in common is of an engine that cannot run on the machine");
     }
     let new = head.iter().filter(|job| is_there(job) && partner(job, &base).is_none());
     let verdict = rows.iter().map(|row| row.verdict).min().unwrap_or(Verdict::Same);
@@ -197,7 +197,7 @@ fn metric_row(base: &Job, head: &Job, metric: Metric, thresholds: &Thresholds) -
         _ if missed[0] > 0 => {
             (Verdict::Inconclusive, Some(format!("{} of the base's processes do not have it", missed[0])))
         }
-        None => (Verdict::Inconclusive, Some(no_ratio(&costs))),
+        None => (Verdict::Inconclusive, Some("a figure is 0 or not finite".to_owned())),
         Some(_) if fewest < thresholds.min_processes => {
             let least = thresholds.min_processes;
             (Verdict::Inconclusive, Some(format!("{fewest} of at least {least} processes on a side")))
@@ -226,14 +226,5 @@ fn metric_row(base: &Job, head: &Job, metric: Metric, thresholds: &Thresholds) -
         verdict,
         reason,
         ..row(base, head)
-    }
-}
-
-fn no_ratio(costs: &[Processes; 2]) -> String {
-    let side = if costs[0].is_empty() { "the base" } else { "the head" };
-    if costs.iter().any(Vec::is_empty) {
-        format!("{side} has no sample of it")
-    } else {
-        "a figure is 0 or not finite".to_owned()
     }
 }

@@ -3,7 +3,8 @@
 use super::figure::Metric;
 use super::{Comparison, Row, Side, Verdict};
 use crate::render::format::{gb, list, markdown, significant};
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use crate::render::terminal;
+use crate::stats::Ratio;
 use std::fmt::Write as _;
 
 const HEADER: [&str; 7] = ["job", "metric", "base", "head", "change", "interval", "verdict"];
@@ -13,21 +14,10 @@ const FIGURES: std::ops::Range<usize> = 2..6;
 const DIFFERENT: &str = "different machines or work";
 
 pub fn table(comparison: &Comparison) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    // As wide as it needs: a pipe must show the same as a terminal.
-    table.set_content_arrangement(ContentArrangement::Disabled).force_no_tty();
-    table.set_header(HEADER);
-    for row in &comparison.rows {
-        table.add_row(cells(row, comparison));
-    }
-    for column in FIGURES {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
+    let rows = comparison.rows.iter().map(|row| cells(row, comparison));
+    let table = terminal::table(&HEADER, FIGURES, rows);
     let notes: Vec<String> = notes(comparison).into_iter().map(|note| note + "\n").collect();
-    format!("{}\n{}{}\n", table.trim_fmt(), notes.concat(), conclusion(comparison))
+    format!("{table}\n{}{}\n", notes.concat(), conclusion(comparison))
 }
 
 pub fn in_markdown(comparison: &Comparison) -> String {
@@ -54,20 +44,22 @@ fn cells(row: &Row, comparison: &Comparison) -> [String; HEADER.len()] {
     if let Some(reason) = &row.reason {
         let _ = write!(verdict, ": {reason}");
     }
-    if !comparison.differences.is_empty() {
-        let _ = write!(verdict, " ({DIFFERENT})");
-    }
-    let interval = row.ratio.map(|ratio| format!("{} to {}", percent(ratio.low), percent(ratio.high)));
+    verdict += &mark(comparison);
     [
         row.job.clone(),
         row.metric.map_or("outcome", Metric::title).to_owned(),
         figure(row, &row.base),
         figure(row, &row.head),
         row.ratio.map(|ratio| percent(ratio.ratio)).unwrap_or_default(),
-        interval.unwrap_or_default(),
+        row.ratio.as_ref().map(interval).unwrap_or_default(),
         verdict,
     ]
     .map(|cell| cell.split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+/// What stands in every line where the sides differ in more than time.
+pub fn mark(comparison: &Comparison) -> String {
+    if comparison.differences.is_empty() { String::new() } else { format!(" ({DIFFERENT})") }
 }
 
 /// A side's figure in the unit of its column, or how its cells ended.
@@ -81,10 +73,12 @@ pub fn figure(row: &Row, side: &Side) -> String {
 }
 
 /// `-9.1 % (-11.0 % to -8.2 %)`.
-pub fn change(row: &Row) -> String {
-    row.ratio.map_or(String::new(), |ratio| {
-        format!("{} ({} to {})", percent(ratio.ratio), percent(ratio.low), percent(ratio.high))
-    })
+pub fn change(ratio: &Ratio) -> String {
+    format!("{} ({})", percent(ratio.ratio), interval(ratio))
+}
+
+fn interval(ratio: &Ratio) -> String {
+    format!("{} to {}", percent(ratio.low), percent(ratio.high))
 }
 
 fn percent(ratio: f64) -> String {

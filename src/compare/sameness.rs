@@ -77,9 +77,9 @@ fn in_job(job: &Job) -> Vec<String> {
         }
     }
     // A cell whose engine never started knows no device.
-    let started: Vec<_> = job.cells.iter().filter(|cell| cell.device.is_some()).collect();
-    for pair in started.windows(2) {
-        let [a, b] = [pair[0], pair[1]];
+    let mut started = job.cells.iter().filter(|cell| cell.device.is_some());
+    let Some(a) = started.next() else { return found };
+    for b in started {
         if a.threads != b.threads {
             let threads = |cell: &CellRecord| cell.threads.map_or("unknown".to_owned(), |n| n.to_string());
             found.push(format!("{name}: {} and {} threads", threads(a), threads(b)));

@@ -25,9 +25,20 @@ pub fn counted_decodes(samples: &Samples) -> impl Iterator<Item = (f64, f64)> {
 /// padding: dividing each step's own tokens by its time would measure the data set and not the engine.
 /// One definition for all rates keeps every rate equal to the amount over the time in its row.
 pub fn rate(samples: impl IntoIterator<Item = (f64, f64)>) -> Option<f64> {
-    let (amounts, seconds): (Vec<f64>, Vec<f64>) = samples.into_iter().unzip();
-    let mean = amounts.iter().sum::<f64>() / amounts.len() as f64;
+    let (mean, seconds) = mean_amount(samples);
     median(seconds).map(|seconds| mean / seconds).filter(|rate| rate.is_finite())
+}
+
+/// What each sample took for one of the mean amount: its median is the inverse of [`rate`].
+pub fn seconds_per_amount(samples: impl IntoIterator<Item = (f64, f64)>) -> Vec<f64> {
+    let (mean, seconds) = mean_amount(samples);
+    seconds.into_iter().map(|seconds| seconds / mean).collect()
+}
+
+/// And the seconds of each sample.
+fn mean_amount(samples: impl IntoIterator<Item = (f64, f64)>) -> (f64, Vec<f64>) {
+    let (amounts, seconds): (Vec<f64>, Vec<f64>) = samples.into_iter().unzip();
+    (amounts.iter().sum::<f64>() / amounts.len() as f64, seconds)
 }
 
 /// Non-padding tokens per second of training.

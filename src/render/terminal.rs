@@ -4,7 +4,8 @@ use super::format::{gb, significant};
 use crate::decide::figures::{Footprint, InferFigures, LoadFigures, TrainFigures};
 use crate::decide::jobs::{Job, arrange, is_software_adapter};
 use crate::record::{CellRecord, LoadSample};
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, Row, Table, presets};
+use std::ops::Range;
 
 const HEADER: [&str; 8] =
     ["engine", "model", "scenario", "outcome", "peak GB", "tokens/s", "examples/s", "load s"];
@@ -13,25 +14,33 @@ const HEADER: [&str; 8] =
 /// Tokens are non-padding ones in training, generated ones in inference. `-`: does not apply, or was
 /// not measured.
 pub fn summary(cells: &[CellRecord]) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    // As wide as it needs: a pipe must show the same as a terminal.
-    table.set_content_arrangement(ContentArrangement::Disabled).force_no_tty();
-    table.set_header(HEADER);
-    for job in arrange(cells) {
-        table.add_row(row(&job, is_software_adapter(cells, job.engine)));
-    }
-    for column in 4..HEADER.len() {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    let mut text = table.trim_fmt();
+    let jobs = arrange(cells);
+    let rows = jobs.iter().map(|job| row(job, is_software_adapter(cells, job.engine)));
+    let mut text = table(&HEADER, 4..HEADER.len(), rows);
     if cells.iter().any(|c| is_software_adapter(cells, &c.engine)) {
         text += "\n* software adapter, not comparable";
     }
     text.push('\n');
     text
+}
+
+/// A table whose `figures` are the columns to align at the right. As wide as it needs: a pipe must show the same as a
+/// terminal.
+pub fn table(
+    header: &[&str],
+    figures: Range<usize>,
+    rows: impl IntoIterator<Item = impl Into<Row>>,
+) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED);
+    table.set_content_arrangement(ContentArrangement::Disabled).force_no_tty();
+    table.set_header(header).add_rows(rows);
+    for column in figures {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.trim_fmt()
 }
 
 fn row(job: &Job, software: bool) -> Vec<String> {

@@ -71,11 +71,7 @@ impl Engine for BurnEngine {
             framework_version: env!("BURN_VERSION").into(),
             device: self.device.info.clone(),
             adapters: self.device.adapters.clone(),
-            compute_dtype: match self.device.products {
-                Products::F32 => "f32",
-                Products::Bf16 => InBf16::on_cpu().unwrap_or(InBf16::Products).compute_dtype(),
-            }
-            .into(),
+            compute_dtype: InBf16::compute_dtype(self.device.products).into(),
             features: features(self.device.kind, self.variant, self.tuner.is_some()),
             quantizations: match self.variant {
                 Variant::Stock => stock::quantizations(),

@@ -1,5 +1,6 @@
 //! Which instructions this CPU has.
 
+use crate::matrix::Products;
 use std::sync::OnceLock;
 
 /// Names a level to stay below, for tests and comparisons: `portable`, `neon`, `avx2` or `avx512`.
@@ -80,7 +81,7 @@ pub fn bf16_products_pay() -> bool {
     has_bf16_products() && !is_intel()
 }
 
-/// What [`Products::Bf16`](crate::Products::Bf16) stands for on a CPU. In both, an engine keeps in bf16 what the
+/// What [`Products::Bf16`] stands for on a CPU. In both, an engine keeps in bf16 what the
 /// backward pass needs of the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InBf16 {
@@ -104,11 +105,12 @@ impl InBf16 {
         }
     }
 
-    /// As an engine states it.
-    pub fn compute_dtype(self) -> &'static str {
-        match self {
-            Self::Products => "bf16 products",
-            Self::Kept => "f32, kept in bf16",
+    /// As an engine on the CPU states it that multiplies in this type.
+    pub fn compute_dtype(products: Products) -> &'static str {
+        match (products, Self::on_cpu()) {
+            (Products::F32, _) => "f32",
+            (Products::Bf16, Ok(Self::Kept)) => "f32, kept in bf16",
+            (Products::Bf16, _) => "bf16 products",
         }
     }
 }
