@@ -5,11 +5,11 @@
 //!     cargo bench --bench kernels
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use evalfw::measure::limits::{gemm_rate, memory_rate};
 use evalfw_engine::nf4::Nf4Tensor;
 use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
 use evalfw_kernels::{HostMatrix, Products};
 use half::bf16;
-use rayon::prelude::*;
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -34,56 +34,9 @@ fn median(mut run: impl FnMut()) -> f64 {
     seconds[seconds.len() / 2]
 }
 
-/// Bytes read per second, by all threads, from an array that fits into no cache.
-fn read_rate() -> f64 {
-    let words = vec![1u64; 1 << 26];
-    let sum = || words.par_chunks(1 << 16).map(|part| part.iter().copied().fold(0, u64::wrapping_add)).max();
-    let seconds = median(|| {
-        black_box(sum());
-    });
-    (words.len() * size_of::<u64>()) as f64 / seconds
-}
-
-/// f32 operations per second of a product that suits every library: 1024³ on all threads.
-fn matrix_rate() -> f64 {
-    let n = 1024;
-    let (a, b, mut out) = (vec![0.5f32; n * n], vec![0.25f32; n * n], vec![0f32; n * n]);
-    let s = n as isize;
-    let seconds = median(|| {
-        // SAFETY: three matrices of n · n elements, row-major.
-        unsafe {
-            let parallelism = gemm::Parallelism::Rayon(0);
-            let (a, b, out) = (a.as_ptr(), b.as_ptr(), out.as_mut_ptr());
-            gemm::gemm(
-                n,
-                n,
-                n,
-                out,
-                1,
-                s,
-                false,
-                a,
-                1,
-                s,
-                b,
-                1,
-                s,
-                0.0,
-                1.0,
-                false,
-                false,
-                false,
-                parallelism,
-            );
-        }
-    });
-    black_box(&out);
-    2.0 * (n * n * n) as f64 / seconds
-}
-
 /// All matrices of some layers, so that none stays in a cache: what decoding reads for one token.
 fn vectors(criterion: &mut Criterion) {
-    let rate = read_rate();
+    let rate = memory_rate();
     println!("memory read rate: {:.1} GB/s", rate / 1e9);
     let mut group = criterion.benchmark_group("vector");
     let shape = SHAPES[0];
@@ -113,7 +66,7 @@ fn vectors(criterion: &mut Criterion) {
 }
 
 fn matrices(criterion: &mut Criterion) {
-    let rate = matrix_rate();
+    let rate = gemm_rate();
     println!("f32 matrix rate: {:.0} GFLOP/s", rate / 1e9);
     for products in [Products::F32, Products::Bf16] {
         let name = format!("{products:?}").to_lowercase();

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::cmd::{compare, engines, run, synth, verify, worker};
+use crate::cmd::{compare, engines, limits, run, synth, verify, worker};
 use crate::output::note;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -30,6 +30,7 @@ enum Command {
     Report(crate::cmd::report::ReportArgs),
     Compare(compare::CompareArgs),
     Engines(engines::EnginesArgs),
+    Limits(limits::LimitsArgs),
     Verify(verify::VerifyArgs),
     Synth(synth::SynthArgs),
     /// Serves one engine on standard input and output. Started by `run`.
@@ -46,6 +47,7 @@ pub fn main() -> ExitCode {
         Command::Report(args) => crate::cmd::report::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Engines(args) => engines::run(&args),
+        Command::Limits(args) => limits::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Synth(args) => synth::run(&args),
         Command::Worker(args) => worker::run(&args),

@@ -2,7 +2,7 @@
 //! down and not the harness.
 
 use crate::record::Outcome;
-use crate::worker::{Client, Failure, WorkerCommand};
+use crate::worker::{Client, Failure, Workers};
 use evalfw_engine::protocol::EngineInfo;
 use serde::Serialize;
 use std::time::Duration;
@@ -27,8 +27,8 @@ pub struct Reason {
     pub stderr_tail: Vec<String>,
 }
 
-pub fn probe(engine: &str, threads: Option<usize>) -> Availability {
-    let command = match WorkerCommand::built_in(engine, threads) {
+pub fn probe(engine: &str, workers: &Workers) -> Availability {
+    let command = match workers.of_engine(engine) {
         Ok(command) => command,
         Err(error) => return unavailable(Failure::Start(error), Vec::new()),
     };

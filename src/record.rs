@@ -4,17 +4,24 @@
 //! figure: every sample, the definition's parameters, who ran where.
 
 use crate::measure::host::Environment;
-use crate::measure::memory::{MemoryPoint, PhaseMemory};
+use crate::measure::limits::Limits;
+use crate::measure::memory::{CgroupPeak, GpuMemory, MemoryPoint, PhaseMemory, SamplerCost};
+use crate::measure::watch::{Observations, Surroundings};
 use crate::scenario::Scenario;
 use anyhow::{Context, Result, bail};
+use evalfw_engine::config::ModelConfig;
 use evalfw_engine::protocol::{DeviceInfo, DeviceMemory, LoadTimes, Quantization, Tuning};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
-/// Raised when a field changes its meaning.
-pub const SCHEMA: u32 = 1;
+/// Raised when a field changes its meaning. Of schema 1, memory is the sum of resident sizes, in which pages that
+/// processes share count for each of them.
+pub const SCHEMA: u32 = 2;
+
+/// Older records than this cannot be read.
+const OLDEST_SCHEMA: u32 = 1;
 
 pub const CELLS_FILE: &str = "cells.jsonl";
 
@@ -53,6 +60,18 @@ pub struct CellRecord {
     pub examples_per_second: Option<f64>,
     pub samples: Samples,
     pub environment: Environment,
+    /// What the machine can do at best; `None` if that was not measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
+    /// What the worker was started through, e.g. `srun -n1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub launcher: Option<String>,
+    /// Counts from 0; a cell that was disturbed is repeated, and its last row counts.
+    #[serde(default)]
+    pub attempt: u32,
+    /// In a record that was merged: where the row is from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -66,6 +85,17 @@ pub struct ModelRecord {
     pub synthetic: bool,
     /// Where it came from: a preset, a folder's name, a hub id with its commit.
     pub origin: String,
+    /// Its shape, from which the work of a step and the bytes of a token follow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<ModelConfig>,
+}
+
+impl ModelRecord {
+    /// Whether both are the same weights, as far as records tell.
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        let known = |model: &Self| Self { config: None, ..model.clone() };
+        known(self) == known(other)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -122,6 +152,26 @@ pub struct Samples {
     pub phases: Vec<PhaseMemory>,
     /// Memory of the process tree over time, thinned to a bounded number of points.
     pub memory: Vec<MemoryPoint>,
+    /// What the bytes of `phases` and `memory` are: `pss`, `phys_footprint`, `working_set` or `resident`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_measure: Option<String>,
+    /// What the NVIDIA driver tells of its GPUs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpu_memory: Vec<GpuMemory>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup_peak: Option<CgroupPeak>,
+    /// What observing took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampler: Option<SamplerCost>,
+    /// The machine's state meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub surroundings: Option<Surroundings>,
+    /// Why the speed is doubtful; empty for a cell that was left alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disturbances: Vec<String>,
+    /// Whether the times that count had settled; `None` where they are too few to tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub steady: Option<bool>,
     /// The framework's own figures, at the end of the last phase.
     pub device_memory: Option<DeviceMemory>,
     /// What the engine measured to choose its kernels, outside of all other samples; `None` if it does not.
@@ -129,6 +179,21 @@ pub struct Samples {
     pub tuning: Option<Tuning>,
     /// What the cell showed the engine to do.
     pub probes: Vec<Probe>,
+}
+
+impl Samples {
+    /// Takes in what was seen from outside.
+    pub fn observe(&mut self, seen: Observations) {
+        let Observations { memory, surroundings } = seen;
+        self.disturbances = surroundings.disturbances();
+        self.surroundings = Some(surroundings);
+        self.memory_measure = Some(memory.measure).filter(|measure| !measure.is_empty());
+        self.phases = memory.phases;
+        self.memory = memory.timeline;
+        self.gpu_memory = memory.gpus;
+        self.cgroup_peak = memory.cgroup;
+        self.sampler = Some(memory.cost);
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -237,10 +302,15 @@ fn drop_partial_line(path: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Reads a record: a run folder or its `cells.jsonl`. Of several rows for one cell (a resumed run) the
-/// last counts. A last line without an end is the mark of an interrupted run and is left out.
+/// The file that holds a run's record: `path` itself, or `cells.jsonl` in it.
+pub fn record_file(path: &Path) -> PathBuf {
+    if path.is_dir() { path.join(CELLS_FILE) } else { path.to_owned() }
+}
+
+/// Reads a record: a run folder or its `cells.jsonl`. Of several rows for one cell (a resumed run, a cell that was
+/// disturbed) the last counts. A last line that is cut short is the mark of an interrupted run and is left out.
 pub fn read(path: &Path) -> Result<Vec<CellRecord>> {
-    let file_path = if path.is_dir() { path.join(CELLS_FILE) } else { path.to_owned() };
+    let file_path = record_file(path);
     let file = File::open(&file_path).with_context(|| {
         format!("{}: no record there (a run folder holds {CELLS_FILE})", file_path.display())
     })?;
@@ -250,18 +320,31 @@ pub fn read(path: &Path) -> Result<Vec<CellRecord>> {
     for number in 1.. {
         line.clear();
         let bytes = reader.read_line(&mut line).with_context(|| file_path.display().to_string())?;
-        if bytes == 0 || !line.ends_with('\n') {
+        if bytes == 0 {
+            break;
+        }
+        // Whole, but for the end of its line: an editor may have left that out.
+        let is_cut_short = || serde_json::from_str::<serde_json::Value>(&line).is_err();
+        if !line.ends_with('\n') && is_cut_short() {
             break;
         }
         let place = || format!("{}: line {number}", file_path.display());
         if line.trim().is_empty() {
             continue;
         }
-        let schema: SchemaOnly = serde_json::from_str(&line).with_context(place)?;
-        if schema.schema != SCHEMA {
-            bail!("{}: schema {} (this evalfw reads schema {SCHEMA})", place(), schema.schema);
+        // What is no JSON has no schema to tell of: the whole row then says which field is wrong.
+        let schema = serde_json::from_str(&line).map_or(SCHEMA, |only: SchemaOnly| only.schema);
+        match schema {
+            OLDEST_SCHEMA..=SCHEMA => {}
+            newer if newer > SCHEMA => bail!(
+                "{}: schema {newer} is of a newer evalfw; this one reads {OLDEST_SCHEMA} to {SCHEMA}",
+                place()
+            ),
+            older => bail!("{}: schema {older} (this evalfw reads {OLDEST_SCHEMA} to {SCHEMA})", place()),
         }
-        let record: CellRecord = serde_json::from_str(&line).with_context(place)?;
+        let mut json = serde_json::Deserializer::from_str(&line);
+        // Names the field, which the error of a large row does not.
+        let record: CellRecord = serde_path_to_error::deserialize(&mut json).with_context(place)?;
         check_times(&record).with_context(place)?;
         match records.iter_mut().find(|r| r.cell == record.cell) {
             Some(earlier) => *earlier = record,

@@ -40,14 +40,18 @@ pub fn median_of_processes(processes: &Processes) -> Option<f64> {
 
 /// `head / base` of [`median_of_processes`], with the percentile interval of a bootstrap in two levels: processes are
 /// drawn with replacement, and then of each as many samples as it has (Davison and Hinkley, Bootstrap Methods and their
-/// Application, 1997, section 3.8). `None` where a side has no median above 0.
+/// Application, 1997, section 3.8). `None` where a side has no median above 0, or a
+/// ratio is beyond all numbers.
 pub fn ratio_of_medians(base: &Processes, head: &Processes, confidence: f64) -> Option<Ratio> {
     let above_0 = |processes: &Processes| median_of_processes(processes).filter(|median| *median > 0.0);
-    let ratio = above_0(head)? / above_0(base)?;
+    let ratio = Some(above_0(head)? / above_0(base)?).filter(|ratio| ratio.is_finite() && *ratio > 0.0)?;
     let mut rng = ChaCha8Rng::seed_from_u64(SEED);
     let mut ratios = (0..RESAMPLES)
         .map(|_| Some(above_0(&resampled(head, &mut rng))? / above_0(&resampled(base, &mut rng))?))
         .collect::<Option<Vec<f64>>>()?;
+    if !ratios.iter().all(|ratio| ratio.is_finite()) {
+        return None;
+    }
     ratios.sort_by(f64::total_cmp);
     let at = |share: f64| ratios[(share * (RESAMPLES - 1) as f64).round() as usize];
     let outside = (1.0 - confidence) / 2.0;

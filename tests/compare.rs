@@ -215,8 +215,29 @@ fn a_damaged_record_is_refused_by_name_and_a_cut_line_left_out() {
     let whole = std::fs::read_to_string(&cells).unwrap();
     std::fs::write(&cells, whole.clone() + &whole[..200]).unwrap();
     compare(&base, &head, &[]).code(0);
-    std::fs::write(&cells, whole.replace("\"schema\":1", "\"schema\":2")).unwrap();
-    compare(&base, &head, &[]).code(2).stderr(contains("line 1: schema 2"));
+    // Whole, but without the end of its line: an editor's work.
+    std::fs::write(&cells, whole.trim_end()).unwrap();
+    compare(&base, &head, &["--json"])
+        .code(0)
+        .stdout(contains("\"processes\": 4").and(contains("\"processes\": 3").not()));
+    std::fs::write(&cells, whole.replace("\"schema\":2", "\"schema\":99")).unwrap();
+    compare(&base, &head, &[]).code(2).stderr(contains("line 1: schema 99").and(contains("newer")));
+    std::fs::write(&cells, whole.replace("\"schema\":2", "\"schema\":0")).unwrap();
+    compare(&base, &head, &[]).code(2).stderr(contains("schema 0"));
+    // An older definition of memory is another work.
+    std::fs::write(&cells, whole.replace("\"schema\":2", "\"schema\":1")).unwrap();
+    compare(&base, &head, &[]).code(2).stderr(contains("schema 2 and 1"));
+    std::fs::write(&cells, whole.replacen("\"loss\":", "\"loss\":NaN,\"was\":", 1)).unwrap();
+    compare(&base, &head, &[]).code(2).stderr(contains("line 1").and(contains("samples.train[0].loss")));
+    // Of a cell that is there twice, as after a repetition, the last row counts.
+    let first = whole.lines().next().unwrap();
+    std::fs::write(&cells, zero_step(&whole) + first + "\n").unwrap();
+    compare(&base, &head, &[]).code(2).stderr(contains("above 0"));
+    std::fs::write(&cells, whole.clone() + first + "\n").unwrap();
+    compare(&base, &head, &[]).code(0);
+    std::fs::write(&cells, "").unwrap();
+    compare(&base, &head, &[]).code(2).stderr(contains("no finished cell"));
+    compare(&base, &base, &[]).code(2).stderr(contains("with itself"));
     std::fs::write(&cells, zero_step(&whole)).unwrap();
     compare(&base, &head, &[]).code(2).stderr(contains("above 0"));
     compare(&base, Path::new("/nowhere"), &[]).code(2).stderr(contains("the head").and(contains("/nowhere")));

@@ -35,6 +35,7 @@ fn worker(engine: &str, environment: Environment) -> WorkerCommand {
         program: cargo_bin("evalfw"),
         arguments: vec!["worker".into(), engine.into()],
         environment,
+        agent: false,
     }
 }
 
@@ -160,6 +161,7 @@ fn a_device_that_is_lost_in_a_step_ends_its_cell_and_no_other() {
     let mut harness = std::process::Command::new(cargo_bin("evalfw"))
         .current_dir(workspace.path("."))
         .envs(driver.environment(&[&gpu]))
+        .envs(support::ALONE)
         .args(["run", "--suite", "quick", "--engine", "burn-wgpu,candle-cpu", "--scenarios"])
         .arg(workspace.scenarios_of_steps(200))
         .arg("--model")

@@ -89,7 +89,7 @@ impl<'a> Worker<'a> {
     fn start(bench: &'a Bench, engine: &str, quantization: Quantization) -> Self {
         let program = assert_cmd::cargo::cargo_bin("evalfw");
         let arguments = vec!["worker".into(), engine.into()];
-        let command = WorkerCommand { program, arguments, environment: Vec::new() };
+        let command = WorkerCommand { program, arguments, environment: Vec::new(), agent: false };
         let mut client = Client::start(&command, None, Duration::from_secs(120)).unwrap();
         client.hello().unwrap();
         client.call(Load { model: bench.path("model"), quantization }).unwrap();

@@ -6,9 +6,8 @@ use evalfw::record::{CellRecord, Outcome};
 use evalfw::scenario::Scenario;
 use predicates::prelude::*;
 use std::fs;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-use support::{Workspace, micro_model_with};
+use std::process::{Command, Stdio};
+use support::{ALONE, Workspace, micro_model_with};
 
 #[test]
 fn a_run_measures_every_cell_and_writes_record_and_report() {
@@ -116,86 +115,6 @@ fn without_a_vulkan_driver_burn_wgpu_is_unavailable_with_advice() {
     assert!(wgpu.error.as_ref().unwrap().advice.is_some());
 }
 
-/// A suite whose training takes minutes, so that there is time to interfere.
-#[cfg(unix)]
-fn start_long_run(workspace: &Workspace) -> Child {
-    Command::new(assert_cmd::cargo::cargo_bin("evalfw"))
-        .current_dir(workspace.path("."))
-        .args(["run", "--suite", "quick", "--engine", "candle-cpu", "--scenarios"])
-        .arg(workspace.scenarios_of_steps(20_000))
-        .arg("--model")
-        .arg(workspace.model())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap()
-}
-
-/// The worker that trains: the run's log of it exists and the process is there.
-#[cfg(target_os = "linux")]
-fn training_worker(harness: &Child, workspace: &Workspace) -> i32 {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let in_training = workspace.has_begun("candle-cpu", "train");
-        let id = harness.id();
-        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
-        if let (true, Some(pid)) = (in_training, children.split_whitespace().next()) {
-            return pid.parse().unwrap();
-        }
-        assert!(Instant::now() < deadline, "no worker came to training within 60 s");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-#[cfg(target_os = "linux")]
-fn signal(pid: i32, signal: rustix::process::Signal) {
-    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), signal).unwrap();
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn a_killed_worker_is_a_crashed_row_and_the_run_goes_on() {
-    let workspace = Workspace::new();
-    let mut harness = start_long_run(&workspace);
-    signal(training_worker(&harness, &workspace), rustix::process::Signal::KILL);
-    assert_eq!(harness.wait().unwrap().code(), Some(1));
-    let records = workspace.records();
-    let train = records.iter().find(|r| r.parameters.kind() == "train").unwrap();
-    assert_eq!(train.outcome, Outcome::Crashed);
-    let error = train.error.as_ref().unwrap();
-    assert!(error.message.contains("signal: 9") && !error.during.is_empty(), "{error:?}");
-    assert_eq!((train.tokens_per_second, train.examples_per_second), (None, None));
-    let infer = records.iter().find(|r| r.parameters.kind() == "infer").unwrap();
-    assert_eq!(infer.outcome, Outcome::Ok);
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn an_interrupted_run_leaves_no_worker_and_can_be_resumed() {
-    let workspace = Workspace::new();
-    let mut harness = start_long_run(&workspace);
-    let worker = training_worker(&harness, &workspace);
-    signal(harness.id() as i32, rustix::process::Signal::INT);
-    assert_eq!(harness.wait().unwrap().code(), Some(130));
-    assert!(!fs::exists(format!("/proc/{worker}")).unwrap(), "the worker is still there");
-
-    let run = workspace.runs().pop().unwrap();
-    let settings = run.join("run.json");
-    let text = fs::read_to_string(&settings).unwrap();
-    fs::write(&settings, text.replace("\"steps\": 20000", "\"steps\": 2")).unwrap();
-    // As if power had failed in the middle of a row.
-    let cells = run.join("cells.jsonl");
-    let before = fs::read_to_string(&cells).unwrap();
-    assert_eq!(before.lines().count(), 1, "only the load cell had ended");
-    fs::write(&cells, format!("{before}{{\"schema\":1,\"cell\":\"cut")).unwrap();
-
-    workspace.evalfw().args(["run", "--resume"]).arg(&run).assert().success();
-    let after = fs::read_to_string(&cells).unwrap();
-    assert!(after.starts_with(&before), "the finished cell was kept");
-    let outcomes: Vec<_> = workspace.records().iter().map(|r| (r.parameters.kind(), r.outcome)).collect();
-    assert_eq!(outcomes, [("load", Outcome::Ok), ("train", Outcome::Ok), ("infer", Outcome::Ok)]);
-}
-
 #[test]
 fn nan_in_a_checkpoint_is_a_failure_that_names_the_tensor() {
     let workspace = Workspace::new();
@@ -239,7 +158,8 @@ fn output_that_cannot_be_written_is_an_error_and_no_panic() {
     let workspace = Workspace::new();
     let full = || Stdio::from(fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
     let mut command = Command::new(assert_cmd::cargo::cargo_bin("evalfw"));
-    command.current_dir(workspace.path(".")).args(["run", "--suite", "quick", "--engine", "candle-cpu"]);
+    command.current_dir(workspace.path(".")).envs(ALONE);
+    command.args(["run", "--suite", "quick", "--engine", "candle-cpu"]);
     command.args(["--scenario", "load", "--model"]).arg(workspace.model());
     let output = command.stdout(full()).output().unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();

@@ -60,8 +60,17 @@ fn context() -> RunContext {
         checkpoint_bytes: 2,
         synthetic: true,
         origin: "test".into(),
+        config: None,
     };
-    RunContext { models: vec![model], environment: Environment::detect(), verdicts: Default::default() }
+    RunContext {
+        models: vec![model],
+        environment: Environment::detect(),
+        verdicts: Default::default(),
+        host_limits: None,
+        device_limits: Default::default(),
+        launcher: None,
+        repeat_disturbed: 2,
+    }
 }
 
 fn run(folder: &Path, cells: &[Cell], done: &BTreeSet<String>) -> Vec<String> {
@@ -126,7 +135,7 @@ fn a_record_of_another_schema_or_with_a_broken_row_is_refused_by_line() {
         std::fs::write(&path, text).unwrap();
         format!("{:#}", record::read(folder.path()).unwrap_err())
     };
-    let newer = message(good.replacen("\"schema\":1", "\"schema\":9", 1));
+    let newer = message(good.replacen("\"schema\":2", "\"schema\":9", 1));
     assert!(newer.contains("line 1") && newer.contains("schema 9"), "{newer}");
     let broken = message(format!("{good}{{\"schema\":1}}\n"));
     assert!(broken.contains("line 3") && broken.contains("cell"), "{broken}");

@@ -14,6 +14,7 @@ fn loaded(cache: &Path, autotune: &str) -> Option<(Client, EngineInfo)> {
         program: cargo_bin("evalfw"),
         arguments: vec!["worker".into(), "burn-wgpu".into()],
         environment: vec![("EVALFW_CACHE".into(), cache.into()), ("EVALFW_AUTOTUNE".into(), autotune.into())],
+        agent: false,
     };
     let mut client = Client::start(&command, None, Duration::from_secs(300)).unwrap();
     let info = match client.hello() {
@@ -75,6 +76,7 @@ fn another_wish_is_refused() {
         program: cargo_bin("evalfw"),
         arguments: vec!["worker".into(), "burn-wgpu".into()],
         environment: vec![("EVALFW_AUTOTUNE".into(), "perhaps".into())],
+        agent: false,
     };
     let mut client = Client::start(&command, None, Duration::from_secs(60)).unwrap();
     let problem = client.hello().unwrap_err().to_string();

@@ -82,6 +82,7 @@ fn errors_show_against_another_engine_as_they_do_against_golden_files() {
         program: cargo_bin("evalfw"),
         arguments: vec!["worker".into(), "burn-flex".into()],
         environment: Vec::new(),
+        agent: false,
     };
     let reference = derive(&reference, "micro", &folder.path().join("micro")).unwrap();
     let errors = [
@@ -132,7 +133,7 @@ fn mutant_command(mutation: &str) -> WorkerCommand {
     let program = tests.parent().unwrap().parent().unwrap().join("examples/mutant_engine");
     assert!(program.exists(), "{} is built with the tests", program.display());
     let arguments = mutation.split(' ').map(Into::into).collect();
-    WorkerCommand { program, arguments, environment: Vec::new() }
+    WorkerCommand { program, arguments, environment: Vec::new(), agent: false }
 }
 
 fn mutant(mutation: &str, scope: Scope) -> Verdict {

@@ -13,6 +13,7 @@ fn shell(script: &str) -> WorkerCommand {
         program: "sh".into(),
         arguments: vec!["-c".into(), script.into()],
         environment: Vec::new(),
+        agent: false,
     }
 }
 
@@ -100,7 +101,12 @@ fn silence_is_a_timeout_and_the_whole_process_group_is_ended() {
 
 #[test]
 fn a_program_that_is_not_there_is_named() {
-    let command = WorkerCommand { program: "/nowhere/engine".into(), arguments: vec![], environment: vec![] };
+    let command = WorkerCommand {
+        program: "/nowhere/engine".into(),
+        arguments: vec![],
+        environment: vec![],
+        agent: false,
+    };
     let failure = Client::start(&command, None, Duration::from_secs(1)).err().unwrap();
     assert!(failure.to_string().contains("could not be started"), "{failure}");
 }

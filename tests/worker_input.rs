@@ -16,7 +16,8 @@ fn golden() -> PathBuf {
 /// A worker with a model of the reference.
 fn loaded() -> Client {
     let arguments = vec!["worker".into(), "candle-cpu".into()];
-    let command = WorkerCommand { program: cargo_bin("evalfw"), arguments, environment: Vec::new() };
+    let command =
+        WorkerCommand { program: cargo_bin("evalfw"), arguments, environment: Vec::new(), agent: false };
     let mut client = Client::start(&command, None, Duration::from_secs(60)).unwrap();
     client.hello().unwrap();
     client.call(Load { model: golden().join("model"), quantization: Quantization::None }).unwrap();

@@ -1,10 +1,12 @@
 //! `evalfw compare`: is the head faster or slower than the base, and is that sure?
 
+use crate::compare::confirm::{self, Side};
 use crate::compare::sameness::differences;
 use crate::compare::thresholds::Thresholds;
 use crate::compare::{Comparison, Verdict, bencher, compare, junit, present};
-use crate::output::print;
-use crate::record::{self, CellRecord};
+use crate::output::{note, print};
+use crate::record::{self, CellRecord, record_file};
+use crate::render::format::list;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
@@ -22,11 +24,15 @@ Examples:
   evalfw compare BASE HEAD --format markdown > comment.md       for a pull request
   evalfw compare BASE HEAD --format junit > compare.xml
   evalfw compare BASE HEAD --thresholds my-thresholds.toml
+  evalfw compare BASE HEAD --confirm --base-evalfw ./evalfw-before --head-evalfw ./evalfw-after
 
 Per job and metric: the ratio of the medians, a bootstrap interval of it, and a verdict. A figure is worse or better only
 if the whole interval clears the metric's threshold, and same if the whole interval lies within it. What fewer than three
 processes on a side say is inconclusive: give two or three records of each side, measured in turns; six processes settle
-most of what three leave open. A cell that failed is a regression if all of the base's ended ok. Losses are not compared.
+most of what three leave open. The threshold is for the cost: a rate that falls by 4.8 % takes 5 % more time.
+
+With --confirm the jobs that are worse or undecided are run again on this machine, base and head in turn. A regression has
+to show in the fresh processes alone; what was undecided is decided by all processes together. A cell that failed is a regression if all of the base's ended ok. Losses are not compared.
 
 Exit codes: 0 no regression, 1 a regression, 3 inconclusive, 2 bad input.")]
 pub struct CompareArgs {
@@ -40,6 +46,21 @@ pub struct CompareArgs {
     /// Compare different hardware or scenarios all the same; every line then says so
     #[arg(long)]
     allow_different: bool,
+    /// Run the jobs that are worse or undecided again, and decide again
+    #[arg(long)]
+    confirm: bool,
+    /// Fresh processes of each side
+    #[arg(long, value_name = "N", default_value_t = 4, requires = "confirm")]
+    rounds: usize,
+    /// The build that the base is run again with [default: this one]
+    #[arg(long, value_name = "PATH", requires = "confirm")]
+    base_evalfw: Option<PathBuf>,
+    /// The build that the head is run again with [default: this one]
+    #[arg(long, value_name = "PATH", requires = "confirm")]
+    head_evalfw: Option<PathBuf>,
+    /// Where the fresh records go [default: a folder beside the head's]
+    #[arg(long, value_name = "DIR", requires = "confirm")]
+    confirm_out: Option<PathBuf>,
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
@@ -72,14 +93,79 @@ pub fn run(args: &CompareArgs) -> Result<ExitCode> {
             differences.join("; ")
         );
     }
-    let comparison = Comparison { differences, ..compare(&base, &head, &thresholds)? };
+    if let Some(same) = on_both_sides(args) {
+        bail!("{} is base and head: a record compared with itself says nothing", same.display());
+    }
+    let mut comparison = Comparison { differences, ..compare(&base, &head, &thresholds)? };
+    if args.confirm {
+        comparison = confirmed(args, comparison, [&base, &head], &thresholds)?;
+    }
     let format = if args.json { Format::Json } else { args.format };
     print(&written(&comparison, format)?)?;
+    let left_out = bencher::without_figures(&comparison);
+    if format == Format::Bencher && !left_out.is_empty() {
+        note(&format!("without figures, and so not in Bencher's format: {}", left_out.join(", ")));
+    }
     Ok(match comparison.verdict {
         Verdict::Worse => ExitCode::FAILURE,
         Verdict::Inconclusive => ExitCode::from(EXIT_INCONCLUSIVE),
         Verdict::Better | Verdict::Same => ExitCode::SUCCESS,
     })
+}
+
+fn on_both_sides(args: &CompareArgs) -> Option<PathBuf> {
+    let files = |paths: &str| -> Vec<PathBuf> {
+        let file = |path: &str| record_file(Path::new(path)).canonicalize().ok();
+        paths.split(',').filter_map(file).collect()
+    };
+    let base = files(&args.base);
+    files(&args.head).into_iter().find(|file| base.contains(file))
+}
+
+/// Runs again what is suspicious, if anything is.
+fn confirmed(
+    args: &CompareArgs,
+    first: Comparison,
+    [base, head]: [&[CellRecord]; 2],
+    thresholds: &Thresholds,
+) -> Result<Comparison> {
+    let jobs = confirm::suspicious(&first);
+    if jobs.is_empty() {
+        return Ok(first);
+    }
+    if args.rounds < thresholds.min_processes {
+        bail!(
+            "--rounds {}: at least {} processes a side decide anything",
+            args.rounds,
+            thresholds.min_processes
+        );
+    }
+    let this = || std::env::current_exe().context("where is this program?");
+    let side = |name, paths: &str, program: &Option<PathBuf>| {
+        let record = PathBuf::from(paths.split(',').next().unwrap_or_default());
+        anyhow::Ok(Side { name, record, program: program.clone().map_or_else(this, Ok)? })
+    };
+    let sides = [side("base", &args.base, &args.base_evalfw)?, side("head", &args.head, &args.head_evalfw)?];
+    let out = args.confirm_out.clone().unwrap_or_else(|| beside(&sides[1].record));
+    note(&format!(
+        "running again, {} times a side: {}",
+        args.rounds,
+        list(&jobs.iter().cloned().collect::<Vec<_>>())
+    ));
+    let [mut fresh_base, mut fresh_head] = confirm::rerun([&sides[0], &sides[1]], &jobs, args.rounds, &out)?;
+    let fresh = compare(&fresh_base, &fresh_head, thresholds)?;
+    fresh_base.extend_from_slice(base);
+    fresh_head.extend_from_slice(head);
+    let all = compare(&fresh_base, &fresh_head, thresholds)?;
+    note(&format!("the fresh records are in {}", out.display()));
+    Ok(confirm::decided(first, &fresh, &all))
+}
+
+/// A folder of its own, so that reruns are never mistaken for runs.
+fn beside(record: &Path) -> PathBuf {
+    let folder = if record.is_dir() { record } else { record.parent().unwrap_or(Path::new("")) };
+    let root = folder.parent().unwrap_or(Path::new(""));
+    root.join("confirm").join(jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S").to_string())
 }
 
 fn written(comparison: &Comparison, format: Format) -> Result<String> {

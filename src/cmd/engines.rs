@@ -3,6 +3,7 @@
 use crate::engines::ENGINES;
 use crate::output::print;
 use crate::probe::{Availability, probe};
+use crate::worker::Workers;
 use anyhow::Result;
 use clap::Args;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
@@ -35,7 +36,7 @@ pub fn run(args: &EnginesArgs) -> Result<ExitCode> {
     let rows: Vec<Row> = ENGINES
         .iter()
         .map(|engine| {
-            let details = probe(engine.name, None);
+            let details = probe(engine.name, &Workers::default());
             let available = matches!(details, Availability::Available(_));
             Row { engine: engine.name, summary: engine.summary, available, details }
         })

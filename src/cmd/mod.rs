@@ -2,6 +2,7 @@
 
 pub mod compare;
 pub mod engines;
+pub mod limits;
 pub mod report;
 pub mod run;
 pub mod synth;

@@ -5,7 +5,6 @@ use crate::data::dataset::Dataset;
 use crate::decide::criteria::Criteria;
 use crate::engines::{self, stock_form, tuned};
 use crate::interrupt;
-use crate::measure::host::Environment;
 use crate::model::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
 use crate::output::{note, print};
 use crate::plan::{Cell, engines_of, interleaved, quantization_name};
@@ -14,16 +13,17 @@ use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};
 use crate::render;
 use crate::run::cell::WorkerExecutor;
 use crate::run::inputs::ModelInputs;
+use crate::run::limits::machine;
 use crate::run::progress::Progress;
 use crate::run::settings::Settings;
 use crate::run::{RunContext, execute};
 use crate::scenario::{Library, Scenario, Suite};
 use crate::verify::reference::Reference;
 use crate::verify::{Scope, Verdict, verify};
-use crate::worker::WorkerCommand;
+use crate::worker::{Launcher, Workers};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use evalfw_engine::protocol::{Adapters, Quantization};
+use evalfw_engine::protocol::{Adapters, DeviceKind, Quantization};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -33,7 +33,12 @@ Examples:
   evalfw run --all
   evalfw run --suite quick --model tiny
   evalfw run --engine candle-cpu,burn-flex --scenario train --model Qwen/Qwen2.5-Coder-0.5B-Instruct
+  evalfw run --suite default --scenario train --repetitions 6      enough to compare commits with
+  evalfw run --launcher 'srun -n1 --exclusive' --suite large       every cell is a job of a cluster
   evalfw run --resume results/20261123-101500-default
+
+With --launcher the paths of this program, of the model and of the temporary folder (TMPDIR) must be the same on the
+worker's side; an agent there observes memory and machine. Ctrl-C once ends the cell and the run, twice at once.
 
 Exit codes: 0 all cells ok, 1 a cell failed, 2 bad input, 130 interrupted.";
 
@@ -60,7 +65,7 @@ pub struct RunArgs {
     #[arg(long, default_value = "results", value_name = "DIR")]
     out: PathBuf,
     /// Continue an interrupted run: cells that are ok are kept
-    #[arg(long, value_name = "RUN", conflicts_with_all = ["all", "engine", "scenario", "suite", "model", "out", "data", "threads", "scenarios"])]
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["all", "engine", "scenario", "suite", "model", "out", "data", "threads", "scenarios", "repetitions", "launcher", "launcher_program"])]
     resume: Option<PathBuf>,
     /// Folder with train.jsonl and valid.jsonl, in the chat `messages` form
     #[arg(long, value_name = "DIR")]
@@ -68,6 +73,21 @@ pub struct RunArgs {
     /// Threads of CPU engines [default: one per logical core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Processes for each cell, instead of what the suite says; `evalfw compare` wants three and likes six
+    #[arg(long, value_name = "N")]
+    repetitions: Option<u32>,
+    /// How often a cell is repeated that was disturbed, by other processes, heat, swapping and the like [default: 2]
+    #[arg(long, value_name = "N", env = "EVALFW_REPEAT_DISTURBED")]
+    repeat_disturbed: Option<u32>,
+    /// Do not measure what the machine can do at best
+    #[arg(long, env = "EVALFW_NO_LIMITS")]
+    no_limits: bool,
+    /// Start workers through another command, such as `srun -n1`, `ssh host` or `docker run -i image`
+    #[arg(long, value_name = "CMD")]
+    launcher: Option<String>,
+    /// evalfw on the worker's side [default: at the same path as here]
+    #[arg(long, value_name = "PATH", requires = "launcher")]
+    launcher_program: Option<PathBuf>,
     /// Folder of scenario files [default: ./scenarios if it is there, else the built-in ones]
     #[arg(long, value_name = "DIR")]
     scenarios: Option<PathBuf>,
@@ -79,7 +99,7 @@ pub struct RunArgs {
 pub fn run(args: &RunArgs) -> Result<ExitCode> {
     interrupt::install()?;
     let (settings, resumed) = match &args.resume {
-        Some(folder) => (resumed_settings(folder)?, Some(folder.as_path())),
+        Some(folder) => (resumed_settings(args, folder)?, Some(folder.as_path())),
         None => (settings(args)?, None),
     };
     let data = match &settings.data {
@@ -118,17 +138,19 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
             log.append(&row)?;
         }
     }
-    let mut executor = WorkerExecutor { models: inputs, logs, threads: settings.threads };
+    let mut executor = WorkerExecutor { models: inputs, logs, workers: settings.workers.clone() };
     execute(&context, &cells, &done, &mut executor, &mut log, &progress)?;
     conclude(args, &settings, &root, &folder)
 }
 
 /// `run.json` may have been edited by hand.
-fn resumed_settings(folder: &Path) -> Result<Settings> {
-    let settings = Settings::read(folder)?;
+fn resumed_settings(args: &RunArgs, folder: &Path) -> Result<Settings> {
+    let mut settings = Settings::read(folder)?;
     for engine in &settings.engines {
         engines::find(engine)?;
     }
+    settings.no_limits |= args.no_limits;
+    settings.repeat_disturbed = args.repeat_disturbed.unwrap_or(settings.repeat_disturbed);
     settings.suite.check().with_context(|| folder.join("run.json").display().to_string())?;
     Ok(settings)
 }
@@ -141,7 +163,13 @@ fn settings(args: &RunArgs) -> Result<Settings> {
         None => Library::built_in(),
     };
     let only = (!args.scenario.is_empty()).then_some(args.scenario.as_slice());
-    let suite = library.suite(&args.suite, only)?;
+    let mut suite = library.suite(&args.suite, only)?;
+    if let Some(repetitions) = args.repetitions {
+        if repetitions == 0 {
+            bail!("--repetitions 0: at least one process is needed");
+        }
+        suite.cells.iter_mut().for_each(|cell| cell.repetitions = repetitions);
+    }
     if let Some(model) = &args.model {
         check_model_is_used(model, &suite)?;
     }
@@ -149,6 +177,8 @@ fn settings(args: &RunArgs) -> Result<Settings> {
         engines::find(name)?;
     }
     check_threads(args.threads)?;
+    let launcher = args.launcher.as_deref().map(|text| Launcher::parse(text, args.launcher_program.clone()));
+    let launcher = launcher.transpose()?;
     let named = !args.engine.is_empty();
     let mut engines: Vec<String> = match named {
         true => args.engine.clone(),
@@ -162,7 +192,9 @@ fn settings(args: &RunArgs) -> Result<Settings> {
         engines_named: named,
         model: args.model.as_deref().map(absolute_if_folder).transpose()?,
         data: args.data.clone().map(std::path::absolute).transpose()?,
-        threads: args.threads,
+        workers: Workers { threads: args.threads, launcher },
+        no_limits: args.no_limits,
+        repeat_disturbed: args.repeat_disturbed.unwrap_or(REPEAT_DISTURBED),
     })
 }
 
@@ -192,6 +224,9 @@ fn absolute_if_folder(model: &str) -> Result<String> {
     path.to_str().map(str::to_owned).with_context(|| format!("{}: is not UTF-8", path.display()))
 }
 
+/// A machine that is never quiet shall not keep a run from ending.
+const REPEAT_DISTURBED: u32 = 2;
+
 /// More threads than this per core only take memory and time to start.
 const MAX_THREADS_PER_CORE: usize = 8;
 
@@ -215,7 +250,8 @@ fn earlier_records(folder: &Path) -> Result<Vec<CellRecord>> {
 
 /// A run compares engines on one model: other weights under the same name would be another run.
 fn check_same_models(earlier: &[CellRecord], models: &[ModelRecord]) -> Result<()> {
-    let changed = earlier.iter().find(|r| models.iter().any(|m| m.name == r.model.name && *m != r.model));
+    let changed =
+        earlier.iter().find(|r| models.iter().any(|m| m.name == r.model.name && !m.is_same_as(&r.model)));
     match changed {
         Some(record) => bail!(
             "the model {} is not the one that this run began with ({}, {} bytes); start a new run",
@@ -252,7 +288,7 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
         );
     }
     for engine in &wanted {
-        let availability = probe(engine, settings.threads);
+        let availability = probe(engine, &settings.workers);
         if interrupt::requested() {
             return Ok(None);
         }
@@ -265,7 +301,7 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
                     ));
                 }
                 forms.insert(engine.clone(), info.quantizations);
-                available.push((engine, info.device.software));
+                available.push((engine, info.device));
             }
             Availability::Unavailable(reason) => {
                 progress.say(&format!("{engine} cannot run here: {}{}", reason.reason, advice(&reason)));
@@ -281,7 +317,12 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
     let mut models = Models::new(settings, data, &mut notify)?;
     let mut engines = Vec::new();
     let mut software_adapters = BTreeSet::new();
-    for (engine, software) in available {
+    let mut gpus = Vec::new();
+    for (engine, device) in available {
+        let software = device.software;
+        if device.kind != DeviceKind::Cpu && !software {
+            gpus.push(engine.as_str());
+        }
         let model = if software { models.for_software_adapter()? } else { models.main()? };
         engines.push((engine.clone(), model));
         if software {
@@ -305,7 +346,7 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
             .filter(|c| c.repetition == 0);
         unavailable.extend(once.map(|cell| (cell, reason.clone())));
     }
-    let verdicts = verify_all(&engines, settings.threads, progress)?;
+    let verdicts = verify_all(&engines, &settings.workers, progress)?;
     let mut cells = interleaved(suite, &settings.engines, &engines, &own_models);
     if !settings.engines_named {
         // It takes a software adapter minutes, and the time would say nothing.
@@ -321,10 +362,19 @@ fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<O
         }
         false
     });
-    let context = RunContext { models: models.records, environment: Environment::detect(), verdicts };
+    let limits = settings.limits(&gpus, progress);
     if interrupt::requested() {
         return Ok(None);
     }
+    let context = RunContext {
+        models: models.records,
+        environment: machine(&engines[0].0, &settings.workers)?,
+        verdicts,
+        host_limits: limits.host,
+        device_limits: limits.devices,
+        launcher: settings.workers.launcher.as_ref().map(|launcher| launcher.text.clone()),
+        repeat_disturbed: settings.repeat_disturbed,
+    };
     Ok(Some(Prepared { context, cells, unavailable, inputs: models.inputs }))
 }
 
@@ -341,13 +391,13 @@ fn no_such_form(quantization: Quantization, forms: &[Quantization]) -> Reason {
 /// Holds each engine against the reference, in short, before anything of it is timed.
 fn verify_all(
     engines: &[(String, usize)],
-    threads: Option<usize>,
+    workers: &Workers,
     progress: &Progress,
 ) -> Result<BTreeMap<String, Verdict>> {
     let reference = Reference::built_in()?;
     let mut verdicts = BTreeMap::new();
     for (engine, _) in engines {
-        let command = WorkerCommand::built_in(engine, threads)?;
+        let command = workers.of_engine(engine)?;
         let verdict = verify(engine, &command, &reference, Scope::Short);
         progress.say(&format!("{engine}: {}", verdict.summary()));
         verdicts.insert(engine.clone(), verdict);
@@ -411,7 +461,11 @@ impl<'a> Models<'a> {
 }
 
 fn advice(reason: &Reason) -> String {
-    reason.advice.as_ref().map_or_else(String::new, |advice| format!(" ({advice})"))
+    match (&reason.advice, reason.stderr_tail.last()) {
+        (Some(advice), _) => format!(" ({advice})"),
+        (None, Some(words)) => format!(" (its last words: {words})"),
+        (None, None) => String::new(),
+    }
 }
 
 fn model_record(resolved: &ResolvedModel, inputs: &ModelInputs) -> ModelRecord {
@@ -420,6 +474,7 @@ fn model_record(resolved: &ResolvedModel, inputs: &ModelInputs) -> ModelRecord {
         parameters: inputs.config.parameters(),
         checkpoint_bytes: inputs.checkpoint_bytes,
         synthetic: resolved.synthetic,
+        config: Some(inputs.config.clone()),
         origin: origin(resolved),
     }
 }

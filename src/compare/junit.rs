@@ -1,6 +1,6 @@
 //! JUnit XML, which continuous integration shows: a suite per job, a case per metric.
 
-use super::present::{change, figure, mark};
+use super::present::{change, figure, harmless, mark};
 use super::{Comparison, Row, Verdict};
 use anyhow::{Context, Result};
 use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite};
@@ -8,7 +8,7 @@ use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite};
 pub fn xml(comparison: &Comparison) -> Result<String> {
     let mut report = Report::new("evalfw compare");
     for rows in comparison.rows.chunk_by(|a, b| a.job == b.job) {
-        let mut suite = TestSuite::new(rows[0].job.as_str());
+        let mut suite = TestSuite::new(harmless(&rows[0].job));
         suite.add_test_cases(rows.iter().map(|row| case(row, comparison)));
         report.add_test_suite(suite);
     }
@@ -22,9 +22,10 @@ fn case(row: &Row, comparison: &Comparison) -> TestCase {
         Verdict::Inconclusive => TestCaseStatus::skipped(),
     };
     let text = format!("{}: {}{}", row.verdict.as_str(), in_words(row), mark(comparison));
+    let text = harmless(&text);
     status.set_message(text.as_str());
     let mut case = TestCase::new(row.metric.map_or("outcome", |metric| metric.name()), status);
-    case.set_classname(row.job.as_str());
+    case.set_classname(harmless(&row.job));
     case.set_system_out(text);
     case
 }

@@ -1,6 +1,7 @@
 //! Two sides of records, held against each other: per job and metric a ratio with its interval, and a verdict.
 
 pub mod bencher;
+pub mod confirm;
 pub mod figure;
 pub mod junit;
 pub mod present;

@@ -2,7 +2,7 @@
 
 use super::figure::Metric;
 use super::{Comparison, Row, Side, Verdict};
-use crate::render::format::{gb, list, markdown, significant};
+use crate::render::format::{gb, list, markdown, plain, significant};
 use crate::render::terminal;
 use crate::stats::Ratio;
 use std::fmt::Write as _;
@@ -54,7 +54,18 @@ fn cells(row: &Row, comparison: &Comparison) -> [String; HEADER.len()] {
         row.ratio.as_ref().map(interval).unwrap_or_default(),
         verdict,
     ]
-    .map(|cell| cell.split_whitespace().collect::<Vec<_>>().join(" "))
+    .map(|cell| harmless(&cell))
+}
+
+/// Names and messages come from files: on one line, without what steers a terminal or turns the direction of text.
+pub fn harmless(text: &str) -> String {
+    let steers = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+            || matches!(c, '\u{fffe}' | '\u{ffff}')
+    };
+    let plain: String = text.chars().map(|c| if steers(c) { ' ' } else { c }).collect();
+    plain.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// What stands in every line where the sides differ in more than time.
@@ -90,10 +101,10 @@ fn percent(ratio: f64) -> String {
 fn notes(comparison: &Comparison) -> Vec<String> {
     let mut notes = Vec::new();
     for difference in &comparison.differences {
-        notes.push(format!("Different: {difference}."));
+        notes.push(harmless(&format!("Different: {difference}.")));
     }
     if !comparison.new_jobs.is_empty() {
-        notes.push(format!("Only the head ran {}.", list(&comparison.new_jobs)));
+        notes.push(harmless(&format!("Only the head ran {}.", list(&comparison.new_jobs))));
     }
     notes
 }
@@ -109,5 +120,5 @@ fn conclusion(comparison: &Comparison) -> String {
         Verdict::Better | Verdict::Same => "no regression",
     };
     let different = if comparison.differences.is_empty() { String::new() } else { format!("; {DIFFERENT}") };
-    format!("{word} ({}; {:.0} % intervals{different})", counts.join(", "), comparison.confidence * 100.0)
+    format!("{word} ({}; {} % intervals{different})", counts.join(", "), plain(comparison.confidence * 100.0))
 }

@@ -3,6 +3,7 @@
 use crate::decide::jobs::{Job, arrange};
 use crate::measure::host::Environment;
 use crate::record::CellRecord;
+use crate::scenario::Scenario;
 
 /// Two machines with the same memory may report a little of it apart.
 const MEMORY_TOLERANCE: f64 = 0.02;
@@ -53,6 +54,12 @@ fn instructions(cell: &CellRecord) -> Option<&str> {
     cell.engine_features.iter().map(String::as_str).find(|feature| INSTRUCTIONS.contains(feature))
 }
 
+/// Loading is the one scenario that it matters to.
+fn page_cache(cell: &CellRecord) -> Option<&str> {
+    let load = cell.samples.load.as_ref()?;
+    matches!(cell.parameters, Scenario::Load(_)).then_some(load.page_cache.as_str())
+}
+
 fn listed(gpus: &[String]) -> String {
     if gpus.is_empty() { "none".to_owned() } else { gpus.join(", ") }
 }
@@ -65,11 +72,17 @@ fn in_job(job: &Job) -> Vec<String> {
         if cell.parameters != first.parameters {
             found.push(format!("{name}: the scenario's parameters differ"));
         }
-        if cell.model != first.model {
+        if !cell.model.is_same_as(&first.model) {
             let [ours, theirs] = [first, cell].map(|cell| &cell.model);
             found.push(format!(
                 "{name}: the model is {} ({} parameters) and {} ({})",
                 ours.origin, ours.parameters, theirs.origin, theirs.parameters
+            ));
+        }
+        if cell.schema != first.schema {
+            found.push(format!(
+                "{name}: memory is defined as in records of schema {} and {}",
+                first.schema, cell.schema
             ));
         }
         if cell.seed != first.seed {
@@ -85,10 +98,22 @@ fn in_job(job: &Job) -> Vec<String> {
             found.push(format!("{name}: {} and {} threads", threads(a), threads(b)));
         }
         // Processors may go by one name and have different instructions.
-        if let (Some(ours), Some(theirs)) = (instructions(a), instructions(b))
+        let [ours, theirs] = [a, b].map(|cell| instructions(cell).unwrap_or("not told"));
+        if ours != theirs {
+            found.push(format!("{name}: the instructions are {ours} and {theirs}"));
+        }
+        let [ours, theirs] = [a, b].map(|cell| cell.compute_dtype.as_deref().unwrap_or("an unknown type"));
+        if ours != theirs {
+            found.push(format!("{name}: it computes in {ours} and {theirs}"));
+        }
+        if let (Some(ours), Some(theirs)) = (page_cache(a), page_cache(b))
             && ours != theirs
         {
-            found.push(format!("{name}: the instructions are {ours} and {theirs}"));
+            found.push(format!("{name}: the page cache was {ours} and {theirs}"));
+        }
+        if a.launcher != b.launcher {
+            let [ours, theirs] = [a, b].map(|cell| cell.launcher.as_deref().unwrap_or("nothing"));
+            found.push(format!("{name}: workers were launched through {ours} and {theirs}"));
         }
         if let (Some(a), Some(b)) = (&a.device, &b.device)
             && a.name != b.name

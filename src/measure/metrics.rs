@@ -41,6 +41,23 @@ fn mean_amount(samples: impl IntoIterator<Item = (f64, f64)>) -> (f64, Vec<f64>)
     (amounts.iter().sum::<f64>() / amounts.len() as f64, seconds)
 }
 
+/// Fewer times than this tell no plateau from a slope.
+const PLATEAU_LEAST: usize = 3;
+/// Of the median of the times' first half, how far that of the second half may lie from it.
+const PLATEAU_WIDTH: f64 = 0.1;
+
+/// Whether the last `counted` of the times have settled: the medians of their two halves lie together. `None` if they
+/// are too few to tell.
+pub fn plateau(seconds: &[f64], counted: usize) -> Option<bool> {
+    let last = &seconds[seconds.len().saturating_sub(counted)..];
+    if last.len() < PLATEAU_LEAST {
+        return None;
+    }
+    let (first, second) = last.split_at(last.len() / 2);
+    let (first, second) = (median(first.iter().copied())?, median(second.iter().copied())?);
+    Some((second - first).abs() <= PLATEAU_WIDTH * first)
+}
+
 /// Non-padding tokens per second of training.
 pub fn train_tokens_rate(samples: &Samples) -> Option<f64> {
     rate(counted_steps(samples).map(|s| (s.real_tokens as f64, s.seconds)))
@@ -116,6 +133,17 @@ mod tests {
         assert_eq!(time_to_target(&samples, 0.5), None);
         // Met before the first step.
         assert_eq!(time_to_target(&samples, 5.0), Some(TimeToTarget { steps: 0, seconds: 0.0 }));
+    }
+
+    #[test]
+    fn a_plateau_is_told_from_a_slope_and_from_too_little() {
+        assert_eq!(plateau(&[1.0, 1.05, 0.97, 1.02], 4), Some(true));
+        assert_eq!(plateau(&[2.0, 1.6, 1.2, 1.0], 4), Some(false));
+        // The slope lies before what counts.
+        assert_eq!(plateau(&[5.0, 2.0, 1.0, 1.02, 0.99, 1.01], 4), Some(true));
+        assert_eq!(plateau(&[1.0, 1.0], 2), None);
+        // One outlier is no slope.
+        assert_eq!(plateau(&[1.0, 1.0, 9.0, 1.0, 1.0, 1.0], 6), Some(true));
     }
 
     #[test]

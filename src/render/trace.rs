@@ -1,10 +1,10 @@
 //! Where each figure comes from: the line of its cell in the record.
 
-use crate::record::{CELLS_FILE, CellRecord, Outcome};
+use crate::record::{CellRecord, Outcome};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// A cell and its line in the record, counted from 1.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -45,11 +45,6 @@ impl Lines {
     pub fn line(&self, cell: &str) -> usize {
         self.0.get(cell).copied().unwrap_or(0)
     }
-}
-
-/// The file that holds a run's record: `path` itself, or `cells.jsonl` in it.
-pub fn record_file(path: &Path) -> PathBuf {
-    if path.is_dir() { path.join(CELLS_FILE) } else { path.to_owned() }
 }
 
 /// One cell in the appendix.

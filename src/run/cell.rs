@@ -3,10 +3,9 @@
 use super::inputs::ModelInputs;
 use super::progress::Progress;
 use super::scenarios;
-use crate::measure::memory::MemoryProbe;
 use crate::plan::Cell;
 use crate::record::{self, CellError, Outcome, Samples};
-use crate::worker::{Client, Failure, WorkerCommand};
+use crate::worker::{Client, Failure, Workers};
 use evalfw_engine::protocol::{CallType, EngineInfo};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -30,7 +29,7 @@ pub struct WorkerExecutor {
     pub models: Vec<ModelInputs>,
     /// Folder for what workers write to standard error.
     pub logs: PathBuf,
-    pub threads: Option<usize>,
+    pub workers: Workers,
 }
 
 impl Executor for WorkerExecutor {
@@ -47,18 +46,19 @@ impl Executor for WorkerExecutor {
         let inputs = &self.models[cell.model];
         let log = self.logs.join(format!("{}.log", cell.id(&inputs.name).replace('/', "_")));
         let timeout = Duration::from_secs(cell.scenario.timeout_seconds());
-        let client = WorkerCommand::built_in(&cell.engine, self.threads)
+        let client = self
+            .workers
+            .of_engine(&cell.engine)
             .map_err(Failure::Start)
             .and_then(|command| Client::start(&command, Some(&log), timeout));
         match client {
             Err(failure) => {
                 execution.failure = Some((failure.outcome(), failure.record("start", Vec::new())));
             }
-            Ok(client) => {
-                let memory = MemoryProbe::start(client.pid());
+            Ok(mut client) => {
+                client.observe();
                 let mut session = Session {
                     client,
-                    memory,
                     samples: Samples::default(),
                     during: String::new(),
                     progress,
@@ -66,7 +66,8 @@ impl Executor for WorkerExecutor {
                 };
                 let result = session.run(cell, inputs, &mut execution.info);
                 let stderr_tail = session.client.stderr_tail();
-                (session.samples.phases, session.samples.memory) = session.memory.finish();
+                let seen = session.client.observations();
+                session.samples.observe(seen);
                 execution.samples = session.samples;
                 // A worker that fails on its way out has given its answers, but may have lost a file.
                 let result = result.and_then(|()| {
@@ -86,7 +87,6 @@ impl Executor for WorkerExecutor {
 /// A conversation with a worker, and the samples so far.
 pub struct Session<'a> {
     client: Client,
-    memory: MemoryProbe,
     pub samples: Samples,
     /// What is being done, for the error of a failure.
     during: String,
@@ -111,7 +111,7 @@ impl Session<'_> {
 
     /// Begins a phase of the memory figures.
     pub fn phase(&mut self, name: &str) {
-        self.memory.begin_phase(name);
+        self.client.begin_phase(name);
     }
 
     /// One call, named for progress and errors.

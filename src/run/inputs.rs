@@ -165,7 +165,8 @@ impl ModelInputs {
             batch_size: scenario.batch_size,
             packing: scenario.packing,
         };
-        let count = scenario.total_steps() * scenario.gradient_accumulation_steps;
+        // Twice the counted steps: as many again may be needed until the times settle.
+        let count = (scenario.total_steps() + scenario.steps) * scenario.gradient_accumulation_steps;
         let validation_count = scenario.evaluation_batches;
         let (train, validation) = match source {
             Source::Data { train, valid } => {

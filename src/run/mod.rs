@@ -2,12 +2,14 @@
 
 pub mod cell;
 pub mod inputs;
+pub mod limits;
 pub mod progress;
 mod scenarios;
 pub mod settings;
 
 use crate::interrupt;
 use crate::measure::host::Environment;
+use crate::measure::limits::{HostLimits, Limits};
 use crate::measure::metrics;
 use crate::plan::Cell;
 use crate::probe::Reason;
@@ -17,7 +19,7 @@ use crate::record::{
 use crate::verify::Verdict;
 use anyhow::Result;
 use cell::{Execution, Executor};
-use evalfw_engine::protocol::EngineInfo;
+use evalfw_engine::protocol::{DeviceLimits, EngineInfo};
 use progress::Progress;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -27,10 +29,17 @@ pub struct RunContext {
     pub environment: Environment,
     /// What the reference said of each engine. An engine that is wrong is not timed.
     pub verdicts: BTreeMap<String, Verdict>,
+    /// `None` if they were not measured.
+    pub host_limits: Option<HostLimits>,
+    /// By engine, those of its GPU.
+    pub device_limits: BTreeMap<String, DeviceLimits>,
+    pub launcher: Option<String>,
+    /// How often a cell that was disturbed is repeated.
+    pub repeat_disturbed: u32,
 }
 
 /// Runs the cells that are not in `done` one after the other and appends a row as each ends. Returns
-/// the rows of this call; an interrupt ends it early.
+/// the rows of this call that count; an interrupt ends it early.
 pub fn execute(
     context: &RunContext,
     cells: &[Cell],
@@ -40,23 +49,31 @@ pub fn execute(
     progress: &Progress,
 ) -> Result<Vec<CellRecord>> {
     let mut records = Vec::new();
-    for (index, cell) in cells.iter().enumerate() {
+    'cells: for (index, cell) in cells.iter().enumerate() {
         let id = cell.id(&context.models[cell.model].name);
         if done.contains(&id) {
             continue;
         }
         progress.begin(index, cells.len(), &id);
-        let record = match context.verdicts.get(&cell.engine) {
-            Some(verdict) if !verdict.passed() => context.unverified(cell, verdict),
-            _ => context.record(cell, executor.execute(cell, progress)),
-        };
-        if interrupt::requested() {
-            // A cell that was cut short is no result; `--resume` runs it again.
-            break;
+        for attempt in 0.. {
+            let record = match context.verdicts.get(&cell.engine) {
+                Some(verdict) if !verdict.passed() => context.unverified(cell, verdict),
+                _ => CellRecord { attempt, ..context.record(cell, executor.execute(cell, progress)) },
+            };
+            if interrupt::requested() {
+                // A cell that was cut short is no result; `--resume` runs it again.
+                break 'cells;
+            }
+            log.append(&record)?;
+            progress.end(&record);
+            let again = attempt < context.repeat_disturbed
+                && record.outcome == Outcome::Ok
+                && !record.samples.disturbances.is_empty();
+            if !again {
+                records.push(record);
+                break;
+            }
         }
-        log.append(&record)?;
-        progress.end(&record);
-        records.push(record);
     }
     progress.finish();
     Ok(records)
@@ -145,6 +162,13 @@ impl RunContext {
             examples_per_second: None,
             samples: Samples::default(),
             environment: self.environment.clone(),
+            limits: self.host_limits.map(|host| {
+                let device = self.device_limits.get(&cell.engine).copied();
+                Limits { host, device }
+            }),
+            launcher: self.launcher.clone(),
+            attempt: 0,
+            host: None,
         }
     }
 }

@@ -73,6 +73,12 @@ fn line(record: &CellRecord) -> String {
     if let Some(rate) = record.tokens_per_second {
         parts.push(format!("{rate:.1} tokens/s"));
     }
+    if !record.samples.disturbances.is_empty() {
+        parts.push(format!("disturbed: {}", record.samples.disturbances.join(", ")));
+    }
+    if record.samples.steady == Some(false) {
+        parts.push("not steady".to_owned());
+    }
     if let Some(error) = &record.error {
         parts.push(format!("during {}: {}", error.during, error.message));
     }

@@ -2,7 +2,7 @@
 
 use super::cell::Session;
 use super::inputs::{ModelInputs, TrainInputs};
-use crate::measure::metrics::TUNE_PHASE;
+use crate::measure::metrics::{TUNE_PHASE, plateau};
 use crate::plan::Cell;
 use crate::record::{DecodeSample, EvaluationSample, LoadSample, PrefillSample, Probe, TrainSample};
 use crate::scenario::{InferScenario, QualityScenario, Scenario, TrainScenario};
@@ -73,12 +73,38 @@ fn train(session: &mut Session<'_>, cell: &Cell, inputs: &ModelInputs) -> Result
         Scenario::Quality(quality) => train_to_target(session, quality, files, cell.seed)?,
         _ => {
             train_steps(session, scenario, files, cell.seed, 0..scenario.total_steps())?;
+            // Before any further step, so that all engines are evaluated after the same ones.
             evaluate(session, files, scenario.total_steps() as u64)?;
+            train_until_steady(session, scenario, files, cell.seed)?;
         }
     }
     check_gradients(session, scenario)?;
     session.phase("save");
     check_saved_adapter(session, inputs)
+}
+
+/// Goes on, up to twice the steps, while the last ones are no plateau. Those that count are the last ones.
+fn train_until_steady(
+    session: &mut Session<'_>,
+    scenario: &TrainScenario,
+    files: &TrainInputs,
+    seed: u64,
+) -> Result<(), Failure> {
+    let counted = scenario.steps;
+    for step in scenario.total_steps()..=scenario.total_steps() + counted {
+        let times = session.samples.train.iter().map(|sample| sample.seconds);
+        let steady = plateau(&times.collect::<Vec<_>>(), counted);
+        session.samples.steady = steady;
+        if steady != Some(false) || step == scenario.total_steps() + counted {
+            break;
+        }
+        train_steps(session, scenario, files, seed, step..step + 1)?;
+    }
+    let warmup = session.samples.train.len() - counted;
+    for (index, sample) in session.samples.train.iter_mut().enumerate() {
+        sample.warmup = index < warmup;
+    }
+    Ok(())
 }
 
 /// Lets an engine that tunes measure its kernels on `work`, before any of it is timed.
@@ -212,7 +238,20 @@ fn infer(
         ..Tune::default()
     })?;
     let rounds = scenario.warmup + scenario.repeats;
-    for round in 0..rounds {
+    for round in 0..=rounds + scenario.repeats {
+        if round >= rounds {
+            let times = |seconds: &mut dyn Iterator<Item = f64>| {
+                plateau(&seconds.collect::<Vec<_>>(), scenario.repeats)
+            };
+            let samples = &session.samples;
+            let prefill = times(&mut samples.prefill.iter().map(|sample| sample.seconds));
+            let decode = times(&mut samples.decode.iter().map(|sample| sample.seconds.iter().sum()));
+            let steady = prefill.zip(decode).map(|(prefill, decode)| prefill && decode);
+            session.samples.steady = steady;
+            if steady != Some(false) || round == rounds + scenario.repeats {
+                break;
+            }
+        }
         let warmup = round < scenario.warmup;
         let of = format!("round {} of {rounds}", round + 1);
         session.phase("prefill");
@@ -231,6 +270,12 @@ fn infer(
             )));
         }
         session.samples.decode.push(DecodeSample { warmup, seconds: decode.seconds });
+    }
+    let warmup = session.samples.prefill.len() - scenario.repeats;
+    for (index, (prefill, decode)) in
+        session.samples.prefill.iter_mut().zip(&mut session.samples.decode).enumerate()
+    {
+        (prefill.warmup, decode.warmup) = (index < warmup, index < warmup);
     }
     session.passed(
         "kv_cache_generation",

@@ -1,6 +1,7 @@
 //! What was asked for, kept beside the record so that a run can be continued.
 
 use crate::scenario::Suite;
+use crate::worker::Workers;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -17,8 +18,15 @@ pub struct Settings {
     pub model: Option<String>,
     /// Folder with `train.jsonl` and `valid.jsonl` instead of the built-in data.
     pub data: Option<PathBuf>,
-    /// Threads of CPU engines; `None` leaves it to them.
-    pub threads: Option<usize>,
+    /// How workers are started.
+    #[serde(flatten)]
+    pub workers: Workers,
+    /// Whether the machine's limits are measured.
+    #[serde(default)]
+    pub no_limits: bool,
+    /// How often a cell that was disturbed is repeated.
+    #[serde(default)]
+    pub repeat_disturbed: u32,
 }
 
 impl Settings {

@@ -1,9 +1,14 @@
 //! The harness's side of the protocol: typed calls with a deadline.
 
+use super::agent::{Ask, Envelope, MARK, Tell};
 use super::failure::Failure;
-use super::process::{Line, Process, WorkerCommand};
+use super::process::{Line, Process, Stderr, WorkerCommand};
+use super::{host_oom_kills, is_oom_kill};
 use crate::interrupt;
+use crate::measure::host::Environment;
+use crate::measure::watch::{Observations, Observer};
 use evalfw_engine::protocol::{Bye, CallType, EngineInfo, Hello, Request, Response, VERSION};
+use serde::de::DeserializeOwned;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::mpsc::RecvTimeoutError;
@@ -13,20 +18,93 @@ use std::time::{Duration, Instant};
 const POLL: Duration = Duration::from_millis(50);
 /// How long a worker may take to end after `bye`, or to be seen as ended after its pipe closed.
 const GRACE: Duration = Duration::from_secs(10);
+/// How long a launcher may wait for its turn before the worker says hello.
+const LAUNCH_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// A worker that has said hello.
+/// A worker, and what is seen of it from outside.
 pub struct Client {
     process: Process,
     next_id: u64,
     timeout: Duration,
     oom_kills: Option<u64>,
+    witness: Witness,
+}
+
+/// Who observes the worker.
+enum Witness {
+    /// Nobody.
+    None,
+    /// The harness.
+    Here(Box<Observer>),
+    /// An agent on the worker's side.
+    Agent,
+    /// Nobody any more; this was seen.
+    Ended(Box<Observations>),
 }
 
 impl Client {
     pub fn start(command: &WorkerCommand, log: Option<&Path>, timeout: Duration) -> Result<Self, Failure> {
-        let oom_kills = oom_kills();
-        let process = Process::start(command, log).map_err(Failure::Start)?;
-        Ok(Self { process, next_id: 1, timeout, oom_kills })
+        let oom_kills = host_oom_kills();
+        let process = Process::start(command, Stderr::Kept(log)).map_err(Failure::Start)?;
+        let witness = if command.agent { Witness::Agent } else { Witness::None };
+        Ok(Self { process, next_id: 1, timeout, oom_kills, witness })
+    }
+
+    /// Begins to observe the worker, in a phase called `start`. An agent has done so from the first.
+    pub fn observe(&mut self) {
+        if matches!(self.witness, Witness::None) {
+            self.witness = Witness::Here(Box::new(Observer::start(self.process.pid())));
+        }
+    }
+
+    /// Ends a phase of what is observed and begins the next.
+    pub fn begin_phase(&mut self, name: &str) {
+        match &self.witness {
+            Witness::Here(observer) => observer.begin_phase(name),
+            // If the agent is gone, the next call says so.
+            Witness::Agent => drop(self.tell_agent(Ask::BeginPhase(name.to_owned()))),
+            Witness::None | Witness::Ended(_) => {}
+        }
+    }
+
+    /// Ends observing and returns what was seen.
+    pub fn observations(&mut self) -> Observations {
+        match std::mem::replace(&mut self.witness, Witness::None) {
+            Witness::Here(observer) => observer.finish(),
+            Witness::Ended(seen) => *seen,
+            Witness::None => Observations::default(),
+            Witness::Agent => {
+                self.witness = Witness::Agent;
+                let asked = self.tell_agent(Ask::Observations).and_then(|()| self.agent_line());
+                match (asked, &mut self.witness) {
+                    (Ok(Tell::Observations(seen)), _) => *seen,
+                    // It may have died with the worker, and have told what it saw.
+                    (_, Witness::Ended(seen)) => std::mem::take(seen),
+                    _ => Observations::default(),
+                }
+            }
+        }
+    }
+
+    /// The machine that the worker runs on.
+    pub fn environment(&mut self) -> Result<Environment, Failure> {
+        if !matches!(self.witness, Witness::Agent) {
+            return Ok(Environment::detect());
+        }
+        self.tell_agent(Ask::Environment)?;
+        match self.agent_line()? {
+            Tell::Environment(environment) => Ok(*environment),
+            other => Err(Failure::Protocol(format!("the agent told {other:?} when asked for its machine"))),
+        }
+    }
+
+    fn tell_agent(&mut self, ask: Ask) -> Result<(), Failure> {
+        let line = serde_json::to_string(&Envelope { agent: ask });
+        let line = line.map_err(|e| Failure::Protocol(e.to_string()))?;
+        match self.process.send(&line) {
+            Ok(()) => Ok(()),
+            Err(_) => Err(self.death()),
+        }
     }
 
     pub fn pid(&self) -> u32 {
@@ -38,7 +116,13 @@ impl Client {
     }
 
     pub fn hello(&mut self) -> Result<EngineInfo, Failure> {
-        let info = self.call(Hello { protocol: VERSION })?;
+        let usual = self.timeout;
+        if matches!(self.witness, Witness::Agent) {
+            self.timeout = usual.max(LAUNCH_TIMEOUT);
+        }
+        let info = self.call(Hello { protocol: VERSION });
+        self.timeout = usual;
+        let info = info?;
         match info.protocol {
             VERSION => Ok(info),
             other => Err(Failure::Protocol(format!("it speaks version {other}, evalfw version {VERSION}"))),
@@ -80,6 +164,38 @@ impl Client {
     }
 
     fn response(&mut self) -> Result<Response, Failure> {
+        let line = self.line()?;
+        if matches!(self.witness, Witness::Agent)
+            && line.starts_with(MARK)
+            && let Ok(Envelope { agent }) = serde_json::from_str::<Envelope<Tell>>(&line)
+        {
+            return Err(self.told(agent));
+        }
+        parsed(&line)
+    }
+
+    /// The agent's next word.
+    fn agent_line(&mut self) -> Result<Tell, Failure> {
+        let line = self.line()?;
+        let envelope: Envelope<Tell> = parsed(&line)?;
+        match envelope.agent {
+            died @ Tell::Died { .. } => Err(self.told(died)),
+            other => Ok(other),
+        }
+    }
+
+    /// What the agent said of its own accord: only that the worker died.
+    fn told(&mut self, tell: Tell) -> Failure {
+        match tell {
+            Tell::Died { how, out_of_memory, observations } => {
+                self.witness = Witness::Ended(observations.unwrap_or_default());
+                Failure::Died { how, out_of_memory }
+            }
+            other => Failure::Protocol(format!("the agent was not asked for {other:?}")),
+        }
+    }
+
+    fn line(&mut self) -> Result<String, Failure> {
         let deadline = Instant::now() + self.timeout;
         loop {
             if interrupt::requested() {
@@ -88,12 +204,7 @@ impl Client {
             match self.process.lines().recv_timeout(POLL) {
                 // Without its end the line was cut off by the worker's own end.
                 Ok(Line::Text(line)) if !line.ends_with('\n') => return Err(self.death()),
-                Ok(Line::Text(line)) => {
-                    return serde_json::from_str(&line).map_err(|e| {
-                        let shown: String = line.trim_end().chars().take(200).collect();
-                        Failure::Protocol(format!("{e} in {shown:?}"))
-                    });
-                }
+                Ok(Line::Text(line)) => return Ok(line),
                 Ok(Line::Garbage(what)) => return Err(Failure::Protocol(what)),
                 Err(RecvTimeoutError::Timeout) if Instant::now() >= deadline => {
                     return Err(Failure::Timeout(self.timeout));
@@ -114,16 +225,14 @@ impl Client {
             Some(status) => status.to_string(),
             None => "it closed its output but did not end".to_owned(),
         };
-        let killed_for_memory = match (self.oom_kills, oom_kills()) {
-            (Some(before), Some(now)) => now > before && how.contains("signal: 9"),
-            _ => false,
-        };
-        Failure::Died { how, out_of_memory: killed_for_memory }
+        let out_of_memory = is_oom_kill(self.oom_kills, &how);
+        Failure::Died { how, out_of_memory }
     }
 }
 
-/// Processes that the kernel has killed for memory since it booted, to tell such an end from a plain kill.
-fn oom_kills() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/vmstat").ok()?;
-    text.lines().find_map(|l| l.strip_prefix("oom_kill ")?.trim().parse().ok())
+fn parsed<T: DeserializeOwned>(line: &str) -> Result<T, Failure> {
+    serde_json::from_str(line).map_err(|e| {
+        let shown: String = line.trim_end().chars().take(200).collect();
+        Failure::Protocol(format!("{e} in {shown:?}"))
+    })
 }

@@ -21,6 +21,8 @@ pub struct WorkerCommand {
     pub program: PathBuf,
     pub arguments: Vec<OsString>,
     pub environment: Vec<(OsString, OsString)>,
+    /// It starts an agent, on another machine as the case may be, which starts the worker.
+    pub agent: bool,
 }
 
 impl WorkerCommand {
@@ -31,14 +33,26 @@ impl WorkerCommand {
             program: std::env::current_exe()?,
             arguments: vec!["worker".into(), engine.into()],
             environment: environment.into_iter().collect(),
+            agent: false,
         })
     }
+}
+
+/// Where the standard error of a worker goes.
+pub enum Stderr<'a> {
+    /// The last lines are kept, and all of it is written to the file.
+    Kept(Option<&'a Path>),
+    /// To this process's own.
+    PassedOn,
 }
 
 /// A running worker. Dropping it ends its whole process group.
 pub struct Process {
     child: Child,
-    stdin: ChildStdin,
+    /// `None` once it is closed.
+    stdin: Option<ChildStdin>,
+    /// Whether it may have started something that killing it does not end.
+    has_far_end: bool,
     lines: Receiver<Line>,
     stderr: Arc<Mutex<VecDeque<String>>>,
     ended: Option<ExitStatus>,
@@ -51,31 +65,37 @@ pub enum Line {
 }
 
 impl Process {
-    /// Starts the worker; its standard error is also written to `log`.
-    pub fn start(command: &WorkerCommand, log: Option<&Path>) -> std::io::Result<Self> {
-        let log = log.map(File::create).transpose()?;
+    pub fn start(command: &WorkerCommand, stderr: Stderr<'_>) -> std::io::Result<Self> {
+        let log = match stderr {
+            Stderr::Kept(log) => log.map(File::create).transpose()?,
+            Stderr::PassedOn => None,
+        };
         let mut spawn = Command::new(&command.program);
         spawn
             .args(&command.arguments)
             .envs(command.environment.iter().map(|(k, v)| (k, v)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+            .stderr(match stderr {
+                Stderr::Kept(_) => Stdio::piped(),
+                Stderr::PassedOn => Stdio::inherit(),
+            });
         #[cfg(unix)]
         std::os::unix::process::CommandExt::process_group(&mut spawn, 0);
         let mut child = spawn.spawn()?;
         live().insert(child.id());
-        let (Some(stdin), Some(stdout), Some(stderr)) =
-            (child.stdin.take(), child.stdout.take(), child.stderr.take())
-        else {
-            unreachable!("all three pipes were asked for")
+        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            unreachable!("both pipes were asked for")
         };
         let (sender, lines) = channel();
         std::thread::spawn(move || read_lines(stdout, &sender));
         let tail = Arc::new(Mutex::new(VecDeque::new()));
         let shared = Arc::clone(&tail);
-        std::thread::spawn(move || copy_stderr(stderr, log, &shared));
-        Ok(Self { child, stdin, lines, stderr: tail, ended: None })
+        if let Some(stderr) = child.stderr.take() {
+            std::thread::spawn(move || copy_stderr(stderr, log, &shared));
+        }
+        let has_far_end = command.agent;
+        Ok(Self { child, stdin: Some(stdin), has_far_end, lines, stderr: tail, ended: None })
     }
 
     pub fn pid(&self) -> u32 {
@@ -84,13 +104,19 @@ impl Process {
 
     /// Writes one line.
     pub fn send(&mut self, line: &str) -> std::io::Result<()> {
-        self.stdin.write_all(line.as_bytes())?;
-        self.stdin.write_all(b"\n")?;
-        self.stdin.flush()
+        let Some(stdin) = &mut self.stdin else { return Err(ErrorKind::BrokenPipe.into()) };
+        stdin.write_all(line.as_bytes())?;
+        stdin.write_all(b"\n")?;
+        stdin.flush()
     }
 
     pub fn lines(&self) -> &Receiver<Line> {
         &self.lines
+    }
+
+    /// Hands the lines over; whoever takes them sees the end as well.
+    pub fn take_lines(&mut self) -> Receiver<Line> {
+        std::mem::replace(&mut self.lines, channel().1)
     }
 
     /// Waits for the end of the process; `None` if it has not ended in time.
@@ -116,6 +142,13 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        if self.has_far_end && self.ended.is_none() {
+            // What is killed cannot pass its end on: the far end is told first. A closed pipe ends the agent, and a
+            // scheduler's command cancels its job.
+            self.stdin = None;
+            terminate_group(self.pid());
+            self.wait(FAR_END_GRACE);
+        }
         // Even if the worker itself has ended, a child of it may live on in its group.
         kill_group(self.pid());
         // The kill cannot be refused; waiting only clears the entry in the process table.
@@ -166,15 +199,22 @@ fn copy_stderr(stderr: impl Read, mut log: Option<File>, tail: &Mutex<VecDeque<S
 /// Process groups that are running now, for a second Ctrl-C.
 static LIVE: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
+/// How long a launcher may take to pass on that it shall end.
+const FAR_END_GRACE: Duration = Duration::from_secs(10);
+/// The same at a second Ctrl-C, which is meant to end everything at once.
+const SHORT_GRACE: Duration = Duration::from_millis(300);
+
 fn live() -> MutexGuard<'static, BTreeSet<u32>> {
     lock(&LIVE)
 }
 
 /// Ends every worker at once.
 pub fn kill_all() {
-    for &pid in live().iter() {
-        kill_group(pid);
-    }
+    let pids: Vec<u32> = live().iter().copied().collect();
+    // A launcher passes the first on to the worker's side, and dies of the second.
+    pids.iter().for_each(|&pid| terminate_group(pid));
+    std::thread::sleep(SHORT_GRACE);
+    pids.iter().for_each(|&pid| kill_group(pid));
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -182,13 +222,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(unix)]
-fn kill_group(pid: u32) {
-    use rustix::process::{Pid, Signal, kill_process_group};
+fn signal_group(pid: u32, signal: rustix::process::Signal) {
+    use rustix::process::{Pid, kill_process_group};
     if let Some(group) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         // Fails only where the group has ended already.
-        let _ = kill_process_group(group, Signal::KILL);
+        let _ = kill_process_group(group, signal);
     }
 }
+
+#[cfg(unix)]
+fn kill_group(pid: u32) {
+    signal_group(pid, rustix::process::Signal::KILL);
+}
+
+#[cfg(unix)]
+fn terminate_group(pid: u32) {
+    signal_group(pid, rustix::process::Signal::TERM);
+}
+
+/// There is no request to end that a program without a window could hear.
+#[cfg(not(unix))]
+fn terminate_group(_pid: u32) {}
 
 #[cfg(not(unix))]
 fn kill_group(pid: u32) {

@@ -72,6 +72,10 @@ impl Engine {
             examples_per_second: None,
             samples: self.samples(scenario, repetition),
             environment: environment(),
+            limits: None,
+            launcher: None,
+            attempt: 0,
+            host: None,
         };
         cell.peak_memory_bytes = cell.samples.phases.iter().map(|p| p.peak_bytes).max();
         cell
@@ -168,6 +172,7 @@ impl Engine {
                 peak_bytes: peak as u64,
                 anonymous_bytes: Some((peak * 0.75) as u64),
                 file_bytes: Some(20_000_000),
+                high_water_bytes: None,
             }
         };
         names.iter().map(phase).collect()
@@ -213,6 +218,7 @@ pub fn half_billion() -> ModelRecord {
         checkpoint_bytes: 988_065_536,
         synthetic: true,
         origin: "preset qwen2.5-coder-0.5b, seed 42".into(),
+        config: Some(evalfw::model::Preset::parse("0.5b").unwrap().config),
     }
 }
 
@@ -223,6 +229,7 @@ pub fn tiny() -> ModelRecord {
         checkpoint_bytes: 2_500_000,
         synthetic: true,
         origin: "preset tiny, seed 42".into(),
+        config: None,
     }
 }
 

@@ -22,6 +22,9 @@ pub fn micro_model_with(dir: &Path, max_shard_bytes: u64, tied: bool) {
     synth::write(&preset, dir, &SynthOptions { seed: 1, max_shard_bytes }, &mut |_, _| ()).unwrap();
 }
 
+/// For `evalfw run` among other tests: every cell would be disturbed, and the machine's limits say nothing.
+pub const ALONE: [(&str, &str); 2] = [("EVALFW_REPEAT_DISTURBED", "0"), ("EVALFW_NO_LIMITS", "true")];
+
 /// A folder to work in, with a model and a place for results.
 pub struct Workspace {
     root: TempDir,
@@ -50,6 +53,7 @@ impl Workspace {
     pub fn evalfw(&self) -> Command {
         let mut command = Command::cargo_bin("evalfw").unwrap();
         command.current_dir(self.root.path()).env("EVALFW_CACHE", self.path("cache"));
+        command.envs(ALONE);
         command
     }
 

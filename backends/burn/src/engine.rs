@@ -2,6 +2,7 @@
 
 use crate::device::OpenDevice;
 use crate::guard::guard;
+use crate::limits;
 use crate::model::BurnModel;
 use crate::network::Network;
 use crate::pool::PoolWatch;
@@ -9,7 +10,7 @@ use crate::self_check;
 use crate::stock::{self, StockModel};
 use crate::tune::Tuner;
 use crate::{BurnDevice, Preparation, Variant};
-use evalfw_engine::protocol::{EngineInfo, Quantization, VERSION};
+use evalfw_engine::protocol::{DeviceLimits, EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::WeightLoader;
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
@@ -80,6 +81,10 @@ impl Engine for BurnEngine {
             threads: rayon::current_num_threads(),
             tunes: self.tuner.is_some(),
         }
+    }
+
+    fn limits(&mut self) -> Result<DeviceLimits> {
+        limits::measure(&self.device)
     }
 
     fn load(&mut self, loader: WeightLoader<'_>) -> Result<LoadedModel> {

@@ -18,6 +18,7 @@
 //! | `embedding`, `head` | both ends of it, with the chunked loss |
 //! | `kept` | what a block keeps for its backward |
 //! | `training`, `optimizer` | one step: gradients by block, AdamW |
+//! | `limits` | what a GPU can do at best |
 //! | `self_check` | holds a GPU against the CPU before anything relies on it |
 //! | `model` | the contract, on top of all of these |
 //! | `stock` | the form without kernels of ours, with the same contract |
@@ -36,6 +37,7 @@ mod fused;
 mod guard;
 mod head;
 mod kept;
+mod limits;
 mod lora;
 mod model;
 mod network;

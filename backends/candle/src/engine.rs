@@ -6,10 +6,10 @@ use crate::matrix::{FrozenMatrix, NativeMatrix, Nf4Tables};
 use crate::model::CandleModel;
 use crate::network::Network;
 use crate::ops::Form;
-use crate::{CandleDevice, Variant, device, self_check};
+use crate::{CandleDevice, Variant, device, limits, self_check};
 use candle_core::{Device, Tensor};
 use evalfw_engine::lora::Target;
-use evalfw_engine::protocol::{EngineInfo, Quantization, VERSION};
+use evalfw_engine::protocol::{DeviceLimits, EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::{DenseTensor, Weight, WeightLoader};
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
@@ -71,6 +71,10 @@ impl Engine for CandleEngine {
             threads: rayon::current_num_threads(),
             tunes: false,
         }
+    }
+
+    fn limits(&mut self) -> Result<DeviceLimits> {
+        limits::measure(&self.device)
     }
 
     fn load(&mut self, loader: WeightLoader<'_>) -> Result<LoadedModel> {

@@ -7,6 +7,7 @@
 //! - [`kept`]: what of a block's forward is there for its backward
 //! - [`loss`], [`training`], [`optimizer`]: gradients and the optimizer step
 //! - [`engine`], [`model`], [`device`], [`self_check`]: the contract with evalfw
+//! - [`limits`]: what a GPU can do at best
 
 mod block;
 #[cfg(feature = "cuda")]
@@ -14,6 +15,7 @@ mod cuda;
 mod device;
 mod engine;
 mod kept;
+mod limits;
 mod linear;
 mod loss;
 mod matrix;

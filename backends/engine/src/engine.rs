@@ -2,7 +2,7 @@
 
 use crate::batch::Batch;
 use crate::lora::{Adapter, AdapterTensors};
-use crate::protocol::{DeviceMemory, EngineInfo, TrainingConfig, Tuning};
+use crate::protocol::{DeviceLimits, DeviceMemory, EngineInfo, TrainingConfig, Tuning};
 use crate::weights::{ProjectionWeights, WeightLoader};
 use crate::{Error, Result};
 
@@ -16,6 +16,11 @@ pub trait Engine {
     /// Loads the frozen base model. Weights are pulled from `loader` layer by layer, already
     /// quantized as the request asks, so that the full-precision checkpoint never sits in memory.
     fn load(&mut self, loader: WeightLoader<'_>) -> Result<LoadedModel>;
+
+    /// What the device can do at best. A CPU needs no answer.
+    fn limits(&mut self) -> Result<DeviceLimits> {
+        Ok(DeviceLimits::default())
+    }
 }
 
 /// A model with its weights on the device.

@@ -16,6 +16,7 @@ pub mod dropout;
 mod engine;
 mod error;
 pub mod host;
+pub mod limits;
 pub mod lora;
 pub mod nf4;
 mod peft_config;

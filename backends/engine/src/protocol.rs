@@ -31,6 +31,7 @@ pub struct Response {
 #[serde(tag = "method", content = "params", rename_all = "snake_case")]
 pub enum Call {
     Hello(Hello),
+    Limits(MeasureLimits),
     Load(Load),
     AttachAdapter(AttachAdapter),
     Tune(Tune),
@@ -52,10 +53,10 @@ pub trait CallType: Serialize + DeserializeOwned + Into<Call> {
 }
 
 macro_rules! calls {
-    ($($call:ident -> $reply:ty;)*) => {$(
+    ($($call:ident as $variant:ident -> $reply:ty;)*) => {$(
         impl From<$call> for Call {
             fn from(call: $call) -> Self {
-                Self::$call(call)
+                Self::$variant(call)
             }
         }
         impl CallType for $call {
@@ -65,26 +66,41 @@ macro_rules! calls {
 }
 
 calls! {
-    Hello -> EngineInfo;
-    Load -> Loaded;
-    AttachAdapter -> AdapterAttached;
-    Tune -> Tuning;
-    TrainStep -> StepReport;
-    Gradients -> StepReport;
-    Evaluate -> EvaluationReport;
-    Prefill -> PrefillReport;
-    Decode -> DecodeReport;
-    Logits -> Done;
-    DecodedWeights -> Done;
-    SaveAdapter -> Done;
-    Memory -> DeviceMemory;
-    Bye -> Done;
+    Hello as Hello -> EngineInfo;
+    MeasureLimits as Limits -> DeviceLimits;
+    Load as Load -> Loaded;
+    AttachAdapter as AttachAdapter -> AdapterAttached;
+    Tune as Tune -> Tuning;
+    TrainStep as TrainStep -> StepReport;
+    Gradients as Gradients -> StepReport;
+    Evaluate as Evaluate -> EvaluationReport;
+    Prefill as Prefill -> PrefillReport;
+    Decode as Decode -> DecodeReport;
+    Logits as Logits -> Done;
+    DecodedWeights as DecodedWeights -> Done;
+    SaveAdapter as SaveAdapter -> Done;
+    Memory as Memory -> DeviceMemory;
+    Bye as Bye -> Done;
 }
 
 /// First message: agree on the protocol.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Hello {
     pub protocol: u32,
+}
+
+/// What a GPU can do at best, measured with the framework's own operations. Comes before a model is loaded.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MeasureLimits {}
+
+/// `None`: not measured, as for a CPU, which the harness measures itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct DeviceLimits {
+    /// Bytes per second from the device's memory and back, both counted, of a tensor that fits into no cache.
+    pub memory_bytes_per_second: Option<f64>,
+    /// Operations per second of a large square product: 2 n³ over its time.
+    pub f32_flops: Option<f64>,
+    pub bf16_flops: Option<f64>,
 }
 
 /// Who answers, on what.

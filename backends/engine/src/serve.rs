@@ -109,6 +109,7 @@ impl<'a> Worker<'a> {
     fn dispatch(&mut self, call: Call) -> Result<Value> {
         match call {
             Call::Hello(call) => reply(self.hello(&call)),
+            Call::Limits(_) => reply(self.limits()),
             Call::Load(call) => reply(self.load(&call)),
             Call::AttachAdapter(call) => reply(self.session()?.attach_adapter(&call)),
             Call::TrainStep(call) => {
@@ -148,6 +149,13 @@ impl<'a> Worker<'a> {
         let info = engine.info();
         self.state = State::Ready(engine);
         Ok(info)
+    }
+
+    fn limits(&mut self) -> Result<DeviceLimits> {
+        match &mut self.state {
+            State::Ready(engine) => engine.limits(),
+            _ => Err(Error::protocol("limits come after hello and before load")),
+        }
     }
 
     fn load(&mut self, call: &Load) -> Result<Loaded> {

@@ -13,7 +13,7 @@
 //! - [`loss`]: cross-entropy on the head
 //! - [`memory`]: what happens to it when it is freed
 //! - [`norm`], [`rope`]: the other operations of a block, and their gradients
-//! - `pages`: memory that is read without waiting for its addresses
+//! - [`pages`]: memory that is read without waiting for its addresses
 //! - [`views`]: products of f32 matrices through the gemm crate
 //! - [`team`]: threads that stay awake from one short loop to the next
 //!
@@ -31,7 +31,7 @@ mod matrix;
 pub mod memory;
 mod nf4;
 pub mod norm;
-mod pages;
+pub mod pages;
 mod product;
 pub mod rope;
 pub mod team;
