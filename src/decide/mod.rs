@@ -8,6 +8,7 @@ pub mod knockout;
 pub mod ranking;
 pub mod score;
 pub mod value;
+pub mod work;
 
 use crate::record::CellRecord;
 use criteria::Criteria;

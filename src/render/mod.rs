@@ -2,8 +2,10 @@
 //! Everything comes from the record, so that the same record gives the same bytes on any machine.
 
 mod charts;
+mod doubts;
 mod facts;
 pub mod format;
+mod limits;
 mod pools;
 mod prose;
 mod quality;

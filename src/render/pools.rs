@@ -2,6 +2,7 @@
 
 use super::trace::{CellRef, Lines};
 use crate::decide::jobs::Job;
+use crate::measure::memory::GpuMemory;
 use crate::record::CellRecord;
 use evalfw_engine::protocol::DeviceMemory;
 use serde::Serialize;
@@ -12,9 +13,16 @@ pub struct PoolRow {
     pub engine: String,
     pub job: String,
     pub memory: DeviceMemory,
-    /// Resident peak of the process tree.
+    /// Peak of the process tree.
     pub host_bytes: Option<u64>,
+    /// What the driver says of the GPU that the worker used most.
+    pub driver: Option<GpuMemory>,
     pub source: CellRef,
+}
+
+/// What the worker made of it, as far as the driver tells.
+fn grown(gpu: &GpuMemory) -> u64 {
+    gpu.process_peak_bytes.unwrap_or(gpu.device_peak_bytes.saturating_sub(gpu.before_bytes))
 }
 
 /// Of the jobs whose framework tells anything.
@@ -35,6 +43,7 @@ fn row(job: &Job, lines: &Lines) -> Option<PoolRow> {
         job: job.label(),
         memory,
         host_bytes: cell.peak_memory_bytes,
+        driver: cell.samples.gpu_memory.iter().max_by_key(|gpu| grown(gpu)).cloned(),
         source: lines.refer(cell),
     })
 }

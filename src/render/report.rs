@@ -1,8 +1,10 @@
 //! The decision report.
 
 use super::charts::{self, Chart, Kind};
+use super::doubts::{Doubt, doubts};
 use super::facts::Facts;
 use super::format::{add_filters, link};
+use super::limits::{LimitRow, limit_rows};
 use super::prose;
 use super::quality::{QualityRow, quality_rows};
 use super::tables::ModelTables;
@@ -40,6 +42,11 @@ pub struct Findings {
     /// What the choice of kernels took, of all engines that make one.
     pub tuning: Vec<TuningRow>,
     pub troubles: Vec<Trouble>,
+    /// Cells whose speed is doubtful.
+    pub doubts: Vec<Doubt>,
+    pub limits: Vec<LimitRow>,
+    /// How memory was measured, by the record's own word.
+    pub memory_measures: Vec<String>,
     pub trace: Vec<TraceRow>,
 }
 
@@ -129,11 +136,22 @@ impl Findings {
             quality: quality_rows(&all, cells, lines),
             tuning: tuning_rows(&all, lines),
             troubles: troubles(&all, lines),
+            doubts: doubts(&all, lines),
+            limits: limit_rows(cells, lines),
+            memory_measures: memory_measures(cells),
             trace: rows(cells, lines),
             decision,
             criteria,
         }
     }
+}
+
+fn memory_measures(cells: &[CellRecord]) -> Vec<String> {
+    let measured = cells.iter().filter(|cell| !cell.samples.phases.is_empty());
+    let all: BTreeSet<String> = measured
+        .map(|cell| cell.samples.memory_measure.clone().unwrap_or_else(|| "resident".to_owned()))
+        .collect();
+    all.into_iter().collect()
 }
 
 /// The charts of each model. Software adapters have a memory chart of their own, on a model that no

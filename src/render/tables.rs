@@ -5,8 +5,10 @@ use super::stock::{StockRow, stock_rows};
 use super::trace::{CellRef, Lines};
 use crate::decide::figures::{Footprint, InferFigures, LoadFigures, TrainFigures};
 use crate::decide::jobs::{Job, reference_scenario};
+use crate::decide::work::{Shares, load_share};
 use crate::measure::memory::PhaseMemory;
 use crate::record::{CellRecord, LoadSample, ModelRecord, Outcome};
+use crate::stats::median;
 use evalfw_engine::protocol::Quantization;
 use serde::Serialize;
 
@@ -253,6 +255,8 @@ fn phase(cell: &CellRecord, name: &str) -> Option<PhaseMemory> {
 #[derive(Debug, Clone, Serialize)]
 pub struct LoadRow {
     pub engine: String,
+    /// Of the rate at which the page cache is read.
+    pub of_limit: Option<f64>,
     pub quantization: Quantization,
     /// `warm` or `unknown`.
     pub page_cache: String,
@@ -277,6 +281,7 @@ fn load_rows(jobs: &[&Job], lines: &Lines) -> Vec<LoadRow> {
         let samples: Vec<&LoadSample> = own().map(|(_, load)| *load).collect();
         Some(LoadRow {
             figures: LoadFigures::of(&samples)?,
+            of_limit: median(own().filter_map(|(cell, _)| load_share(cell))),
             cells: sorted(own().map(|(cell, _)| lines.refer(cell)).collect()),
             engine: wanted.0,
             quantization: wanted.1,
@@ -292,6 +297,7 @@ pub struct TrainRow {
     pub job: String,
     pub outcomes: String,
     pub figures: TrainFigures,
+    pub shares: Shares,
     pub cells: Vec<CellRef>,
 }
 
@@ -302,6 +308,7 @@ impl TrainRow {
             job: job.label(),
             outcomes: job.outcomes(),
             figures: TrainFigures::of(job)?,
+            shares: Shares::of(job),
             cells: ok_cells(job, lines),
         })
     }
@@ -386,6 +393,7 @@ pub struct InferRow {
     pub job: String,
     pub outcomes: String,
     pub figures: InferFigures,
+    pub shares: Shares,
     pub cells: Vec<CellRef>,
 }
 
@@ -396,6 +404,7 @@ impl InferRow {
             job: job.label(),
             outcomes: job.outcomes(),
             figures: InferFigures::of(job)?,
+            shares: Shares::of(job),
             cells: ok_cells(job, lines),
         })
     }

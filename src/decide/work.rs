@@ -1,0 +1,152 @@
+//! How much arithmetic and how many bytes a job is, from the model's shape, and what share of the machine's limits its
+//! speed is.
+//!
+//! Only work that the job itself asks for counts: what checkpointing computes again, or an engine reads twice, makes the
+//! share smaller.
+
+use super::jobs::Job;
+use crate::measure::limits::Limits;
+use crate::measure::metrics::{counted_decodes, counted_prefills, counted_steps, rate};
+use crate::record::CellRecord;
+use crate::scenario::Scenario;
+use crate::stats::median;
+use evalfw_engine::config::ModelConfig;
+use evalfw_engine::lora::Target;
+use evalfw_engine::protocol::Quantization;
+use serde::Serialize;
+
+/// NF4 in blocks of 64: 4 bits, a byte of scale for each block, and an f32 for each 256 of those.
+const NF4_BYTES: f64 = 0.5 + 1.0 / 64.0 + 4.0 / (64.0 * 256.0);
+
+/// Operations (a multiplication and an addition are two) of one training step of one example: products forward, and
+/// backward one for each frozen matrix and two for each factor of the adapter. The head works on positions with a loss;
+/// causal attention is half of the square.
+pub fn step_flops(config: &ModelConfig, sequence: usize, rank: usize, trained_tokens: f64) -> f64 {
+    let tokens = sequence as f64;
+    let projections = || Target::ALL.iter().map(|target| config.projection_shape(*target));
+    let base: f64 = projections().map(|[rows, cols]| 2.0 * tokens * (rows * cols) as f64).sum();
+    let lora: f64 = projections().map(|[rows, cols]| 2.0 * tokens * (rank * (rows + cols)) as f64).sum();
+    let attention = 2.0 * tokens * tokens * (config.num_attention_heads * config.head_dim) as f64;
+    let forward = base + lora + attention;
+    let backward = base + 2.0 * lora + 2.0 * attention;
+    config.num_hidden_layers as f64 * (forward + backward) + 2.0 * trained_tokens * head_flops(config)
+}
+
+/// Operations of a prompt, of which the head sees the last position alone.
+pub fn prefill_flops(config: &ModelConfig, tokens: usize) -> f64 {
+    let count = tokens as f64;
+    let shapes = Target::ALL.iter().map(|target| config.projection_shape(*target));
+    let base: f64 = shapes.map(|[rows, cols]| 2.0 * count * (rows * cols) as f64).sum();
+    let attention = 2.0 * count * count * (config.num_attention_heads * config.head_dim) as f64;
+    config.num_hidden_layers as f64 * (base + attention) + head_flops(config)
+}
+
+fn head_flops(config: &ModelConfig) -> f64 {
+    2.0 * (config.hidden_size * config.vocab_size) as f64
+}
+
+/// Bytes of weights that a generated token reads at least: the projections as they are stored, and a head of 16 bits.
+/// `None` for a format of the framework's own.
+pub fn token_bytes(config: &ModelConfig, quantization: Quantization) -> Option<f64> {
+    let shapes = Target::ALL.iter().map(|target| config.projection_shape(*target));
+    let projections: usize = shapes.map(|[rows, cols]| rows * cols).sum();
+    let of_weight = match quantization {
+        Quantization::Nf4 => NF4_BYTES,
+        Quantization::None => 2.0,
+        Quantization::Native => return None,
+    };
+    let head = 2 * config.hidden_size * config.vocab_size;
+    Some(of_weight * (config.num_hidden_layers * projections) as f64 + head as f64)
+}
+
+/// Shares of the limits, from 0 to 1 and above it where the limit was measured too low; each `None` where limit or
+/// shape is not known.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Shares {
+    /// Of the rate of matrix products.
+    pub train: Option<f64>,
+    /// The same, of the prompt.
+    pub prefill: Option<f64>,
+    /// Of the rate at which memory is read.
+    pub decode: Option<f64>,
+}
+
+impl Shares {
+    /// Medians over the job's cells.
+    pub fn of(job: &Job) -> Self {
+        let share = |of: fn(&CellRecord, &ModelConfig, &Limits) -> Option<f64>| {
+            let cells = job.ok().filter_map(|cell| {
+                of(cell, cell.model.config.as_ref()?, cell.limits.as_ref()?).filter(|share| share.is_finite())
+            });
+            median(cells)
+        };
+        Self { train: share(train_share), prefill: share(prefill_share), decode: share(decode_share) }
+    }
+}
+
+/// Of the page cache's rate: the checkpoint's bytes over the time of a load that found them there.
+pub fn load_share(cell: &CellRecord) -> Option<f64> {
+    let load = cell.samples.load.as_ref().filter(|load| load.page_cache == "warm")?;
+    let limit = cell.limits?.host.page_cache_bytes_per_second?;
+    Some(cell.model.checkpoint_bytes as f64 / load.times.total_seconds / limit)
+        .filter(|share| share.is_finite())
+}
+
+fn train_share(cell: &CellRecord, config: &ModelConfig, limits: &Limits) -> Option<f64> {
+    let Scenario::Train(scenario) = &cell.parameters else { return None };
+    let rows = scenario.rows_per_step() as f64;
+    let steps: Vec<_> = counted_steps(&cell.samples).collect();
+    let trained = steps.iter().map(|step| step.trained_tokens as f64).sum::<f64>() / steps.len() as f64;
+    let flops = rows * step_flops(config, scenario.sequence_length, scenario.lora_r, trained / rows);
+    let seconds = median(steps.iter().map(|step| step.seconds))?;
+    Some(flops / seconds / matrix_limit(cell, limits)?)
+}
+
+fn prefill_share(cell: &CellRecord, config: &ModelConfig, limits: &Limits) -> Option<f64> {
+    let Scenario::Infer(scenario) = &cell.parameters else { return None };
+    let seconds = median(counted_prefills(&cell.samples).map(|(_, seconds)| seconds))?;
+    Some(prefill_flops(config, scenario.prompt_tokens) / seconds / matrix_limit(cell, limits)?)
+}
+
+fn decode_share(cell: &CellRecord, config: &ModelConfig, limits: &Limits) -> Option<f64> {
+    let limit = match &limits.device {
+        Some(device) => device.memory_bytes_per_second?,
+        None => limits.host.memory_bytes_per_second?,
+    };
+    let rate = rate(counted_decodes(&cell.samples))?;
+    Some(token_bytes(config, cell.quantization)? * rate / limit)
+}
+
+/// Of the type in which the engine multiplies: one that does so in bf16 is held against the faster of both.
+fn matrix_limit(cell: &CellRecord, limits: &Limits) -> Option<f64> {
+    let (f32, bf16) = match &limits.device {
+        Some(device) => (device.f32_flops, device.bf16_flops),
+        None => (limits.host.f32_flops, limits.host.bf16_flops),
+    };
+    let in_bf16 = cell.compute_dtype.as_deref().is_some_and(|dtype| dtype.contains("bf16"));
+    match (f32, bf16) {
+        (Some(f32), Some(bf16)) if in_bf16 => Some(f32.max(bf16)),
+        (f32, _) => f32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Preset;
+
+    /// By benches/peers/work.py, an implementation of its own: `Shapes(896, 4864, 24, 14, 2, 64, 151936)` with a sequence
+    /// of 512, rank 16 and 400 trained tokens, without recompute, and `nf4_weight_bytes`.
+    #[test]
+    fn the_work_of_a_step_and_the_bytes_of_a_token_are_those_of_the_peers_script() {
+        let config = Preset::parse("0.5b").unwrap().config;
+        let flops = step_flops(&config, 512, 16, 400.0);
+        assert_eq!(flops, STEP_FLOPS);
+        let bytes = token_bytes(&config, Quantization::Nf4).unwrap();
+        assert_eq!(bytes.round(), TOKEN_BYTES);
+        assert_eq!(token_bytes(&config, Quantization::Native), None);
+    }
+
+    const STEP_FLOPS: f64 = 1_011_495_206_912.0;
+    const TOKEN_BYTES: f64 = 456_860_992.0;
+}
