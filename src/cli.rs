@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::cmd::{compare, engines, limits, run, synth, verify, worker};
+use crate::cmd::{compare, engines, history, limits, merge, run, synth, verify, worker};
 use crate::output::note;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -12,6 +12,9 @@ Examples:
   evalfw run --engine candle-cpu,burn-flex --model Qwen/Qwen2.5-Coder-1.5B-Instruct
   evalfw report results/20261123-101500-default
   evalfw compare BASE HEAD                 is it faster or slower than before, and is that sure?
+  evalfw merge laptop=A server=B --out C   one report, a column for each machine
+  evalfw history --metric peak_memory_bytes  how a figure went over the runs in results/
+  evalfw limits                            what this machine can do at best
   evalfw engines                           what can run on this machine, and what is missing
 
 Exit codes: 0 done, 1 a cell failed or a figure got worse, 2 bad input, 3 inconclusive, 130 interrupted.";
@@ -29,6 +32,8 @@ enum Command {
     Run(run::RunArgs),
     Report(crate::cmd::report::ReportArgs),
     Compare(compare::CompareArgs),
+    Merge(merge::MergeArgs),
+    History(history::HistoryArgs),
     Engines(engines::EnginesArgs),
     Limits(limits::LimitsArgs),
     Verify(verify::VerifyArgs),
@@ -46,6 +51,8 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Report(args) => crate::cmd::report::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Merge(args) => merge::run(&args),
+        Command::History(args) => history::run(&args),
         Command::Engines(args) => engines::run(&args),
         Command::Limits(args) => limits::run(&args),
         Command::Verify(args) => verify::run(&args),

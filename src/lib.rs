@@ -2,6 +2,7 @@
 //! and writes the decision report. The harness knows no framework: engines are worker processes behind
 //! the protocol of [`evalfw_engine`].
 
+pub mod accumulate;
 pub mod cli;
 pub mod cmd;
 pub mod compare;

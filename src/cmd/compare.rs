@@ -7,6 +7,7 @@ use crate::compare::{Comparison, Verdict, bencher, compare, junit, present};
 use crate::output::{note, print};
 use crate::record::{self, CellRecord, record_file};
 use crate::render::format::list;
+use crate::render::report::write_file;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
@@ -22,7 +23,7 @@ Examples:
   evalfw compare results/BASE results/HEAD
   evalfw compare results/B1,results/B2 results/H1,results/H2    more processes, narrower intervals
   evalfw compare BASE HEAD --format markdown > comment.md       for a pull request
-  evalfw compare BASE HEAD --format junit > compare.xml
+  evalfw compare BASE HEAD --write junit=compare.xml --write markdown=comment.md
   evalfw compare BASE HEAD --thresholds my-thresholds.toml
   evalfw compare BASE HEAD --confirm --base-evalfw ./evalfw-before --head-evalfw ./evalfw-after
 
@@ -64,6 +65,9 @@ pub struct CompareArgs {
     /// How to print
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
+    /// Write in another format as well, e.g. `--write markdown=comment.md`; may be repeated
+    #[arg(long, value_name = "FORMAT=FILE", value_parser = parse_write)]
+    write: Vec<(Format, PathBuf)>,
     /// Short for --format json
     #[arg(long, conflicts_with = "format")]
     json: bool,
@@ -78,6 +82,11 @@ enum Format {
     Junit,
     /// The head's figures in Bencher's metric format
     Bencher,
+}
+
+fn parse_write(text: &str) -> Result<(Format, PathBuf), String> {
+    let (format, path) = text.split_once('=').ok_or("it is FORMAT=FILE, e.g. markdown=comment.md")?;
+    Ok((Format::from_str(format, false)?, path.into()))
 }
 
 pub fn run(args: &CompareArgs) -> Result<ExitCode> {
@@ -101,6 +110,9 @@ pub fn run(args: &CompareArgs) -> Result<ExitCode> {
         comparison = confirmed(args, comparison, [&base, &head], &thresholds)?;
     }
     let format = if args.json { Format::Json } else { args.format };
+    for (format, path) in &args.write {
+        write_file(path, &written(&comparison, *format)?)?;
+    }
     print(&written(&comparison, format)?)?;
     let left_out = bencher::without_figures(&comparison);
     if format == Format::Bencher && !left_out.is_empty() {

@@ -2,7 +2,9 @@
 
 pub mod compare;
 pub mod engines;
+pub mod history;
 pub mod limits;
+pub mod merge;
 pub mod report;
 pub mod run;
 pub mod synth;

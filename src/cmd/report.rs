@@ -1,8 +1,10 @@
 //! `evalfw report`: renders a run's report again, from its record alone.
 
+use crate::accumulate::hosts;
 use crate::decide::criteria::Criteria;
 use crate::output::print;
-use crate::record;
+use crate::record::{self, CellRecord, record_file};
+use crate::render::trace::Lines;
 use crate::render::{report, terminal};
 use anyhow::{Context, Result};
 use clap::Args;
@@ -43,6 +45,10 @@ fn render(args: &ReportArgs) -> Result<()> {
         Some(path) => Criteria::read(path)?,
         None => Criteria::built_in()?,
     };
+    let cells = record::read(&args.run)?;
+    if hosts::is_merged(&cells) {
+        return by_host(args, &cells, &criteria);
+    }
     if args.json {
         let report = report::render(&args.run, "", &criteria)?;
         return print(&(serde_json::to_string_pretty(&report.findings)? + "\n"));
@@ -50,6 +56,27 @@ fn render(args: &ReportArgs) -> Result<()> {
     if args.output.as_deref() == Some(Path::new("-")) {
         return print(&report::render(&args.run, "", &criteria)?.markdown);
     }
+    let (output, prefix) = output(args)?;
+    report::write(&args.run, &output, &prefix, &criteria)?;
+    print(&format!("{}\nReport: {}\n", terminal::summary(&cells), output.display()))
+}
+
+/// Of a record that was merged: figures of different machines are not ranked against each other.
+fn by_host(args: &ReportArgs, cells: &[CellRecord], criteria: &Criteria) -> Result<()> {
+    if args.json {
+        let report = hosts::report(cells, &Lines::read(&record_file(&args.run))?, criteria);
+        return print(&(serde_json::to_string_pretty(&report)? + "\n"));
+    }
+    if args.output.as_deref() == Some(Path::new("-")) {
+        return print(&hosts::markdown(&args.run, "", criteria)?);
+    }
+    let (output, prefix) = output(args)?;
+    hosts::write(&args.run, &output, &prefix, criteria)?;
+    print(&format!("Report: {}\n", output.display()))
+}
+
+/// Where the report goes, and the way from there to the record.
+fn output(args: &ReportArgs) -> Result<(PathBuf, String)> {
     let folder = if args.run.is_dir() {
         args.run.clone()
     } else {
@@ -57,9 +84,7 @@ fn render(args: &ReportArgs) -> Result<()> {
     };
     let output = args.output.clone().unwrap_or_else(|| folder.join("report.md"));
     let prefix = link_prefix(&output, &folder)?;
-    report::write(&args.run, &output, &prefix, &criteria)?;
-    let summary = terminal::summary(&record::read(&args.run)?);
-    print(&format!("{summary}\nReport: {}\n", output.display()))
+    Ok((output, prefix))
 }
 
 /// The way from the report's folder to the run's, for links: empty, or ending in `/`.

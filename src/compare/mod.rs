@@ -120,7 +120,8 @@ pub fn compare(base: &[CellRecord], head: &[CellRecord], thresholds: &Thresholds
     Ok(Comparison { verdict, rows, new_jobs, differences: Vec::new(), confidence })
 }
 
-fn name(job: &Job) -> String {
+/// `engine/model/scenario`, with the storage of the base where it is not NF4.
+pub fn name(job: &Job) -> String {
     format!("{}/{}/{}", job.engine, job.model.name, job.label())
 }
 

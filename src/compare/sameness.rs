@@ -50,7 +50,8 @@ fn machine_parts(a: &Environment, b: &Environment) -> Vec<(&'static str, String,
     different
 }
 
-fn instructions(cell: &CellRecord) -> Option<&str> {
+/// The instruction set that an engine on the CPU uses, as far as it tells.
+pub fn instructions(cell: &CellRecord) -> Option<&str> {
     cell.engine_features.iter().map(String::as_str).find(|feature| INSTRUCTIONS.contains(feature))
 }
 

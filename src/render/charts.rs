@@ -1,6 +1,8 @@
 //! Charts as SVG: legible in print and for colour-blind people, the same bytes on any machine.
 
 use super::format::plain;
+use crate::accumulate::history::{Point, Trend};
+use crate::compare::figure::Metric;
 use crate::decide::figures::Footprint;
 use crate::decide::jobs::{Job, reference_scenario};
 use crate::measure::metrics::evaluation_curve;
@@ -46,6 +48,7 @@ pub enum Kind {
     Memory,
     Loss,
     Quality,
+    Trend,
 }
 
 impl Kind {
@@ -54,6 +57,7 @@ impl Kind {
             Self::Memory => "memory",
             Self::Loss => "loss",
             Self::Quality => "quality",
+            Self::Trend => "trend",
         }
     }
 }
@@ -216,6 +220,45 @@ pub fn quality(jobs: &[&Job], engines: &[&str]) -> Result<Option<Chart>> {
     let subject = job.scenario.trim_start_matches("quality-");
     draw(&plot, Kind::Quality, subject).map(Some)
 }
+
+/// A figure over the runs of one machine, all on one model. Never empty.
+pub fn trend(trends: &[&Trend]) -> Result<Chart> {
+    let metric = trends.first().map_or(Metric::TrainingTokensPerSecond, |trend| trend.metric);
+    let days = |point: &Point| point.at.as_second() as f64 / SECONDS_A_DAY;
+    let scale = if metric == Metric::PeakMemoryBytes { 1e-9 } else { 1.0 };
+    let series: Vec<Series> = trends
+        .iter()
+        .enumerate()
+        .map(|(style, trend)| {
+            let mut parts = trend.job.splitn(3, '/');
+            let (engine, scenario) = (parts.next().unwrap_or_default(), parts.nth(1).unwrap_or_default());
+            let points = trend.points.iter().map(|point| (days(point), point.value * scale)).collect();
+            Series { name: format!("{engine} {scenario}"), style, points }
+        })
+        .collect();
+    let (first, last) = (-largest(&series, |p| -p.0), largest(&series, |p| p.0));
+    let machine = trends.first().map_or("", |trend| trend.machine.as_str());
+    let model = trends.first().and_then(|trend| trend.job.split('/').nth(1)).unwrap_or_default();
+    let plot = Plot {
+        title: format!("{} on {model}, {machine}", metric.title()),
+        x_title: "date (UTC)",
+        y_title: metric.title(),
+        x_label: |days| {
+            let at = jiff::Timestamp::from_second((days * SECONDS_A_DAY) as i64);
+            at.map_or(String::new(), |at| at.strftime("%Y-%m-%d").to_string())
+        },
+        x_labels: 5,
+        y_label: |value| plain((value * 1e3).round() / 1e3),
+        x: first..last + ((last - first) * 0.01).max(1e-3),
+        y: 0.0..largest(&series, |p| p.1) * 1.08,
+        overlapping: false,
+        limit: None,
+        series,
+    };
+    draw(&plot, Kind::Trend, &format!("{}-{model}-{machine}", metric.name()))
+}
+
+const SECONDS_A_DAY: f64 = 86_400.0;
 
 fn reference_jobs<'j, 'a>(jobs: &'j [Job<'a>], model: &str) -> Vec<&'j Job<'a>> {
     let scenario = reference_scenario(jobs, model, "train");

@@ -1,18 +1,18 @@
 //! What people read: the report in Markdown with its charts, and the summary in the terminal.
 //! Everything comes from the record, so that the same record gives the same bytes on any machine.
 
-mod charts;
+pub mod charts;
 mod doubts;
 mod facts;
 pub mod format;
 mod limits;
 mod pools;
-mod prose;
+pub mod prose;
 mod quality;
 pub mod report;
 mod stock;
 mod tables;
 pub mod terminal;
-mod trace;
+pub mod trace;
 mod troubles;
 mod tuning;

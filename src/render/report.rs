@@ -83,7 +83,7 @@ pub fn write(run: &Path, output: &Path, link_prefix: &str, criteria: &Criteria) 
 }
 
 /// Writes beside the target and renames: a full disk must not leave half a report where a whole one was.
-fn write_file(path: &Path, text: &str) -> Result<()> {
+pub fn write_file(path: &Path, text: &str) -> Result<()> {
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -188,12 +188,7 @@ fn markdown(
     link_prefix: &str,
     record_name: &str,
 ) -> Result<String> {
-    let mut environment = minijinja::Environment::new();
-    environment.set_undefined_behavior(UndefinedBehavior::Strict);
-    // A line that holds only a tag leaves nothing behind.
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
-    environment.set_syntax(syntax);
-    add_filters(&mut environment);
+    let mut environment = template_environment()?;
     environment.add_function("line_of", move |cell: &str| lines.line(cell));
     environment.add_template(TEMPLATE_NAME, TEMPLATE)?;
     let template = environment.get_template(TEMPLATE_NAME)?;
@@ -221,8 +216,18 @@ fn markdown(
     Ok(collapse_blank_lines(&rendered))
 }
 
+/// For templates of Markdown, with the filters for figures and names.
+pub fn template_environment() -> Result<minijinja::Environment<'static>> {
+    let mut environment = minijinja::Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    // A line that holds only a tag leaves nothing behind.
+    environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+    add_filters(&mut environment);
+    Ok(environment)
+}
+
 /// Sections that are left out leave blank lines behind.
-fn collapse_blank_lines(text: &str) -> String {
+pub fn collapse_blank_lines(text: &str) -> String {
     let mut lines: Vec<&str> = Vec::new();
     for line in text.lines().map(str::trim_end) {
         if !(line.is_empty() && lines.last().is_none_or(|last| last.is_empty())) {

@@ -1,0 +1,5 @@
+//! Records of several machines and of several days, put together.
+
+pub mod history;
+pub mod hosts;
+pub mod merge;
