@@ -95,7 +95,11 @@ pub fn trends(runs: &[(String, Vec<CellRecord>)], metric: Metric, filter: &Filte
                 value: metric.turned(cost),
                 processes: processes.len(),
             };
-            let (machine, name) = (machine(first), crate::compare::name(job));
+            let (machine, mut name) = (machine(first), crate::compare::name(job));
+            // Memory was defined otherwise, and is another figure.
+            if metric == Metric::PeakMemoryBytes && first.samples.memory_measure.is_none() {
+                name += " (resident)";
+            }
             match trends.iter_mut().find(|trend| trend.machine == machine && trend.job == name) {
                 Some(trend) => trend.points.push(point),
                 None => trends.push(Trend { machine, job: name, metric, points: vec![point] }),

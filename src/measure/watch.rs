@@ -17,6 +17,8 @@ const STOLEN_SHARE: f64 = 0.02;
 const THROTTLED_SHARE: f64 = 0.01;
 /// Of the highest clock in the same cell: below it, the CPU has been slowed down.
 const SLOW_CLOCK: f64 = 0.8;
+/// Shares of a shorter time say nothing.
+const SHORTEST_SECONDS: f64 = 1.0;
 const SWAPPED_BYTES: u64 = 16_000_000;
 
 /// What was seen; `None` where the system does not tell.
@@ -48,30 +50,29 @@ impl Surroundings {
     /// What makes the cell's speed doubtful, in words; empty for a cell that was left alone.
     pub fn disturbances(&self) -> Vec<String> {
         let cores = self.logical_cores.max(1) as f64;
-        let mut found = Vec::new();
-        let mut add = |what: Option<String>| found.extend(what);
-        let share =
-            |used: Option<f64>, limit: f64| used.map(|used| used / cores).filter(|share| *share > limit);
-        add(share(self.other_cores, OTHERS_SHARE)
-            .map(|share| format!("other processes took {:.0} % of the CPU", share * 100.0)));
-        add(share(self.stolen_cores, STOLEN_SHARE)
-            .map(|share| format!("the hypervisor took {:.0} % of the CPU", share * 100.0)));
-        let throttled = self.throttled_seconds.map(|s| s / self.seconds).filter(|s| *s > THROTTLED_SHARE);
-        add(throttled.map(|share| format!("a CPU quota held the worker {:.0} % of the time", share * 100.0)));
-        add(self
-            .thermal_throttles
-            .filter(|n| *n > 0)
-            .map(|n| format!("the CPU was slowed for its heat {n} times")));
-        if let (Some(low), Some(high)) = (self.lowest_mhz, self.highest_mhz)
-            && low < SLOW_CLOCK * high
-        {
-            add(Some(format!("the CPU's clock fell from {high:.0} to {low:.0} MHz")));
-        }
+        // What of all the time there was, if that is more than the limit. The system counts in hundredths of a second.
+        let over = |used: Option<f64>, of: f64, limit: f64| {
+            let share = used.map(|used| used / of).filter(|_| self.seconds >= SHORTEST_SECONDS)?;
+            (share > limit).then(|| format!("{:.0} %", share * 100.0))
+        };
+        let fell = self.lowest_mhz.zip(self.highest_mhz).filter(|(low, high)| *low < SLOW_CLOCK * high);
         let swapped = self.swapped_bytes.filter(|bytes| *bytes > SWAPPED_BYTES);
-        add(swapped.map(|bytes| format!("{:.0} MB were swapped", bytes as f64 / 1e6)));
-        add(self.on_battery.filter(|on| *on).map(|_| "on battery".to_owned()));
-        add((!self.gpu_slowdowns.is_empty()).then(|| format!("GPU: {}", self.gpu_slowdowns.join(", "))));
-        found
+        let found = [
+            over(self.other_cores, cores, OTHERS_SHARE)
+                .map(|s| format!("other processes took {s} of the CPU")),
+            over(self.stolen_cores, cores, STOLEN_SHARE)
+                .map(|s| format!("the hypervisor took {s} of the CPU")),
+            over(self.throttled_seconds, self.seconds, THROTTLED_SHARE)
+                .map(|s| format!("a CPU quota held the worker {s} of the time")),
+            self.thermal_throttles
+                .filter(|n| *n > 0)
+                .map(|n| format!("the CPU was slowed for its heat {n} times")),
+            fell.map(|(low, high)| format!("the CPU's clock fell from {high:.0} to {low:.0} MHz")),
+            swapped.map(|bytes| format!("{:.0} MB were swapped", bytes as f64 / 1e6)),
+            self.on_battery.filter(|on| *on).map(|_| "on battery".to_owned()),
+            (!self.gpu_slowdowns.is_empty()).then(|| format!("GPU: {}", self.gpu_slowdowns.join(", "))),
+        ];
+        found.into_iter().flatten().collect()
     }
 }
 
@@ -388,6 +389,8 @@ mod tests {
         };
         assert_eq!(quiet.disturbances(), Vec::<String>::new());
         assert_eq!(Surroundings::default().disturbances(), Vec::<String>::new());
+        let short = Surroundings { seconds: 0.2, other_cores: Some(1.0), ..quiet.clone() };
+        assert_eq!(short.disturbances(), Vec::<String>::new());
         for (part, disturbed) in [
             ("other processes took 50 %", Surroundings { other_cores: Some(1.0), ..quiet.clone() }),
             ("hypervisor took 10 %", Surroundings { stolen_cores: Some(0.2), ..quiet.clone() }),
