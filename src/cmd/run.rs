@@ -55,7 +55,7 @@ pub struct RunArgs {
     /// Only the suite's cells of these scenarios
     #[arg(long, value_delimiter = ',', value_name = "S,…")]
     scenario: Vec<String>,
-    /// quick, default, full, large, gpu, long, stock, or a file of your own under scenarios/suites
+    /// quick, ci, default, full, large, gpu, long, stock, or a file of your own under scenarios/suites
     #[arg(long, default_value = "default")]
     suite: String,
     /// A Hugging Face folder, a hub id, or a size to make with random weights (tiny, 0.5b, … 32b)

@@ -32,6 +32,7 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("infer.toml", include_str!("../../scenarios/infer.toml")),
     ("quality.toml", include_str!("../../scenarios/quality.toml")),
     ("suites/quick.toml", include_str!("../../scenarios/suites/quick.toml")),
+    ("suites/ci.toml", include_str!("../../scenarios/suites/ci.toml")),
     ("suites/default.toml", include_str!("../../scenarios/suites/default.toml")),
     ("suites/gpu.toml", include_str!("../../scenarios/suites/gpu.toml")),
     ("suites/long.toml", include_str!("../../scenarios/suites/long.toml")),
