@@ -10,7 +10,7 @@ use evalfw::scenario::{Library, Suite};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// Runs nothing; engines called `broken` fail. Checks that every earlier row is on disk already.
+/// Runs nothing; engines called `broken` fail, those called `disturbed` are, and those called `once` are the first time. Checks that every earlier row is on disk already.
 struct Pretender<'a> {
     folder: &'a Path,
     executed: Vec<String>,
@@ -20,7 +20,10 @@ impl Executor for Pretender<'_> {
     fn execute(&mut self, cell: &Cell, _: &Progress) -> Execution {
         let on_disk = std::fs::read_to_string(self.folder.join("cells.jsonl")).unwrap().lines().count();
         assert_eq!(on_disk, self.executed.len(), "a row was not written before the next cell began");
+        let is_first = !self.executed.contains(&cell.id("m"));
         self.executed.push(cell.id("m"));
+        let is_disturbed = cell.engine == "disturbed" || cell.engine == "once" && is_first;
+        let disturbances = if is_disturbed { vec!["a noise".to_owned()] } else { vec![] };
         let sample = |warmup, seconds| TrainSample {
             step: 0,
             warmup,
@@ -41,7 +44,11 @@ impl Executor for Pretender<'_> {
             info: None,
             started_at: "2026-01-01T00:00:00Z".into(),
             wall_seconds: 1.0,
-            samples: Samples { train: vec![sample(true, 100.0), sample(false, 4.0)], ..Samples::default() },
+            samples: Samples {
+                train: vec![sample(true, 100.0), sample(false, 4.0)],
+                disturbances,
+                ..Samples::default()
+            },
             failure,
         }
     }
@@ -141,4 +148,27 @@ fn a_record_of_another_schema_or_with_a_broken_row_is_refused_by_line() {
     assert!(broken.contains("line 3") && broken.contains("cell"), "{broken}");
     let empty = message(String::new());
     assert!(empty.contains("no finished cell"), "{empty}");
+}
+
+#[test]
+fn a_disturbed_cell_is_repeated_up_to_the_limit_and_its_last_row_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let executed = run(folder.path(), &cells(1, &["once"]), &BTreeSet::new());
+    assert_eq!(executed.len(), 4, "each of two cells was disturbed once: {executed:?}");
+    let rows = std::fs::read_to_string(folder.path().join("cells.jsonl")).unwrap();
+    assert_eq!(rows.lines().count(), 4, "what was disturbed is kept");
+    let records = record::read(folder.path()).unwrap();
+    assert_eq!(records.len(), 2);
+    assert!(records.iter().all(|r| r.attempt == 1 && r.samples.disturbances.is_empty()));
+}
+
+#[test]
+fn on_a_machine_that_is_never_quiet_repeating_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let executed = run(folder.path(), &cells(3, &["disturbed"]), &BTreeSet::new());
+    // Three cells of six are tried three times, the others once.
+    assert_eq!(executed.len(), 3 * 3 + 3, "{executed:?}");
+    let records = record::read(folder.path()).unwrap();
+    assert_eq!(records.len(), 6);
+    assert!(records.iter().all(|r| r.samples.disturbances == ["a noise"]));
 }

@@ -3,27 +3,20 @@
 
 use crate::data::dataset::Dataset;
 use crate::decide::criteria::Criteria;
-use crate::engines::{self, stock_form, tuned};
+use crate::engines;
 use crate::interrupt;
-use crate::model::{Context as ModelContext, ModelSource, Origin, ResolvedModel};
 use crate::output::{note, print};
-use crate::plan::{Cell, engines_of, interleaved, quantization_name};
-use crate::probe::{Availability, Reason, probe};
 use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};
 use crate::render;
 use crate::run::cell::WorkerExecutor;
-use crate::run::inputs::ModelInputs;
-use crate::run::limits::machine;
+use crate::run::execute;
+use crate::run::prepare::{Prepared, prepare};
 use crate::run::progress::Progress;
 use crate::run::settings::Settings;
-use crate::run::{RunContext, execute};
-use crate::scenario::{Library, Scenario, Suite};
-use crate::verify::reference::Reference;
-use crate::verify::{Scope, Verdict, verify};
+use crate::scenario::{Library, Suite};
 use crate::worker::{Launcher, Workers};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use evalfw_engine::protocol::{Adapters, DeviceKind, Quantization};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -260,232 +253,6 @@ fn check_same_models(earlier: &[CellRecord], models: &[ModelRecord]) -> Result<(
             record.model.checkpoint_bytes
         ),
         None => Ok(()),
-    }
-}
-
-struct Prepared {
-    context: RunContext,
-    cells: Vec<Cell>,
-    unavailable: Vec<(Cell, Reason)>,
-    /// In the order of `context.models`.
-    inputs: Vec<ModelInputs>,
-}
-
-/// Probes the engines, finds or makes the models, checks all input, and plans the cells.
-/// `None` if the user interrupted.
-fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<Option<Prepared>> {
-    let suite = &settings.suite;
-    let mut available = Vec::new();
-    let mut missing = Vec::new();
-    let mut forms = BTreeMap::new();
-    let wanted = engines_of(suite, &settings.engines);
-    if wanted.is_empty() {
-        let with_one: Vec<_> = tuned().map(|e| e.name).filter(|name| stock_form(name).is_some()).collect();
-        bail!(
-            "none of the engines that were named has a stock form, which all cells of this suite ask for; name one \
-             that has: {}",
-            with_one.join(", ")
-        );
-    }
-    for engine in &wanted {
-        let availability = probe(engine, &settings.workers);
-        if interrupt::requested() {
-            return Ok(None);
-        }
-        match availability {
-            Availability::Available(info) => {
-                if let Some(Adapters { taken, all }) = info.choice() {
-                    let (title, count) = (info.device.title(), all.len());
-                    progress.say(&format!(
-                        "{engine} takes adapter {taken} of {count}, {title}; EVALFW_GPU chooses another"
-                    ));
-                }
-                forms.insert(engine.clone(), info.quantizations);
-                available.push((engine, info.device));
-            }
-            Availability::Unavailable(reason) => {
-                progress.say(&format!("{engine} cannot run here: {}{}", reason.reason, advice(&reason)));
-                missing.push((engine.clone(), reason));
-            }
-        }
-    }
-    if available.is_empty() {
-        bail!("none of the engines can run here; `evalfw engines` says what is missing");
-    }
-
-    let mut notify = |line: &str| progress.say(line);
-    let mut models = Models::new(settings, data, &mut notify)?;
-    let mut engines = Vec::new();
-    let mut software_adapters = BTreeSet::new();
-    let mut gpus = Vec::new();
-    for (engine, device) in available {
-        let software = device.software;
-        if device.kind != DeviceKind::Cpu && !software {
-            gpus.push(engine.as_str());
-        }
-        let model = if software { models.for_software_adapter()? } else { models.main()? };
-        engines.push((engine.clone(), model));
-        if software {
-            software_adapters.insert(engine.clone());
-        }
-    }
-    let mut own_models = BTreeMap::new();
-    for name in suite.cells.iter().filter_map(|c| c.scenario.own_model()) {
-        own_models.insert(name.to_owned(), models.get(name)?);
-    }
-    let mut unavailable = Vec::new();
-    for (engine, reason) in missing {
-        // The tuned form says already why the device cannot be used.
-        if !settings.engines_named && engines::stock_form(&engine) == Some(engine.as_str()) {
-            continue;
-        }
-        // Its rows stand beside those of the engines that ran.
-        let model = engines[0].1;
-        let once = interleaved(suite, &settings.engines, &[(engine, model)], &own_models)
-            .into_iter()
-            .filter(|c| c.repetition == 0);
-        unavailable.extend(once.map(|cell| (cell, reason.clone())));
-    }
-    let verdicts = verify_all(&engines, &settings.workers, progress)?;
-    let mut cells = interleaved(suite, &settings.engines, &engines, &own_models);
-    if !settings.engines_named {
-        // It takes a software adapter minutes, and the time would say nothing.
-        cells.retain(|c| c.scenario.own_model().is_none() || !software_adapters.contains(&c.engine));
-    }
-    cells.retain(|cell| {
-        let quantization = cell.scenario.quantization();
-        let Some(forms) = forms.get(&cell.engine).filter(|forms| !forms.contains(&quantization)) else {
-            return true;
-        };
-        if cell.repetition == 0 {
-            unavailable.push((cell.clone(), no_such_form(quantization, forms)));
-        }
-        false
-    });
-    let limits = settings.limits(&gpus, progress);
-    if interrupt::requested() {
-        return Ok(None);
-    }
-    let context = RunContext {
-        models: models.records,
-        environment: machine(&engines[0].0, &settings.workers)?,
-        verdicts,
-        host_limits: limits.host,
-        device_limits: limits.devices,
-        launcher: settings.workers.launcher.as_ref().map(|launcher| launcher.text.clone()),
-        repeat_disturbed: settings.repeat_disturbed,
-    };
-    Ok(Some(Prepared { context, cells, unavailable, inputs: models.inputs }))
-}
-
-fn no_such_form(quantization: Quantization, forms: &[Quantization]) -> Reason {
-    let names: Vec<_> = forms.iter().map(|form| format!("`{}`", quantization_name(*form))).collect();
-    Reason {
-        outcome: Outcome::Unavailable,
-        reason: format!("the engine has no quantization `{}`", quantization_name(quantization)),
-        advice: Some(format!("the engine has {}", names.join(" and "))),
-        stderr_tail: Vec::new(),
-    }
-}
-
-/// Holds each engine against the reference, in short, before anything of it is timed.
-fn verify_all(
-    engines: &[(String, usize)],
-    workers: &Workers,
-    progress: &Progress,
-) -> Result<BTreeMap<String, Verdict>> {
-    let reference = Reference::built_in()?;
-    let mut verdicts = BTreeMap::new();
-    for (engine, _) in engines {
-        let command = workers.of_engine(engine)?;
-        let verdict = verify(engine, &command, &reference, Scope::Short);
-        progress.say(&format!("{engine}: {}", verdict.summary()));
-        verdicts.insert(engine.clone(), verdict);
-    }
-    Ok(verdicts)
-}
-
-/// The largest checkpoint that a software adapter runs when nobody asked for it by name.
-const SOFTWARE_ADAPTER_BYTES: u64 = 64_000_000;
-
-/// The models of a run, each found or made, checked and prepared when it is first needed.
-struct Models<'a> {
-    settings: &'a Settings,
-    data: &'a Dataset,
-    source: ModelContext<'a>,
-    specs: Vec<String>,
-    records: Vec<ModelRecord>,
-    inputs: Vec<ModelInputs>,
-}
-
-impl<'a> Models<'a> {
-    fn new(settings: &'a Settings, data: &'a Dataset, notify: &'a mut dyn FnMut(&str)) -> Result<Self> {
-        let source = ModelContext::from_env(notify)?;
-        Ok(Self { settings, data, source, specs: Vec::new(), records: Vec::new(), inputs: Vec::new() })
-    }
-
-    fn main(&mut self) -> Result<usize> {
-        self.get(self.settings.model.as_deref().unwrap_or(&self.settings.suite.model))
-    }
-
-    /// The model that was asked for if it is small, or if the engine was asked for too; else the
-    /// suite's small one.
-    fn for_software_adapter(&mut self) -> Result<usize> {
-        if self.settings.model.is_some() {
-            let model = self.main()?;
-            if self.settings.engines_named || self.inputs[model].checkpoint_bytes <= SOFTWARE_ADAPTER_BYTES {
-                return Ok(model);
-            }
-        }
-        self.get(&self.settings.suite.software_adapter_model)
-    }
-
-    fn get(&mut self, spec: &str) -> Result<usize> {
-        if let Some(index) = self.specs.iter().position(|s| s == spec) {
-            return Ok(index);
-        }
-        let suite = &self.settings.suite;
-        let scenarios: Vec<&Scenario> = suite
-            .cells
-            .iter()
-            .map(|c| &c.scenario)
-            .filter(|s| s.own_model().is_none_or(|own| own == spec))
-            .collect();
-        let resolved = ModelSource::resolve(spec, &mut self.source)?;
-        let inputs = ModelInputs::prepare(&resolved.name, &resolved.dir, self.data, &scenarios, suite.seed)?;
-        self.specs.push(spec.to_owned());
-        self.records.push(model_record(&resolved, &inputs));
-        self.inputs.push(inputs);
-        Ok(self.specs.len() - 1)
-    }
-}
-
-fn advice(reason: &Reason) -> String {
-    match (&reason.advice, reason.stderr_tail.last()) {
-        (Some(advice), _) => format!(" ({advice})"),
-        (None, Some(words)) => format!(" (its last words: {words})"),
-        (None, None) => String::new(),
-    }
-}
-
-fn model_record(resolved: &ResolvedModel, inputs: &ModelInputs) -> ModelRecord {
-    ModelRecord {
-        name: resolved.name.clone(),
-        parameters: inputs.config.parameters(),
-        checkpoint_bytes: inputs.checkpoint_bytes,
-        synthetic: resolved.synthetic,
-        config: Some(inputs.config.clone()),
-        origin: origin(resolved),
-    }
-}
-
-fn origin(model: &ResolvedModel) -> String {
-    match &model.origin {
-        Origin::Folder => "local folder".to_owned(),
-        Origin::Preset { seed } => format!("evalfw synth, seed {seed}"),
-        Origin::Hub { endpoint } => {
-            format!("{endpoint}, commit {}", model.revision.as_deref().unwrap_or("unknown"))
-        }
     }
 }
 

@@ -23,7 +23,7 @@ pub struct RunLimits {
 impl Settings {
     /// Those of the host, and of the GPU of each of these engines. A limit that cannot be measured is left out and said
     /// so: speeds then stand alone.
-    pub fn limits(&self, gpu_engines: &[&str], progress: &Progress) -> RunLimits {
+    pub fn limits<'a>(&self, gpu_engines: impl Iterator<Item = &'a str>, progress: &Progress) -> RunLimits {
         let mut limits = RunLimits::default();
         if self.no_limits {
             return limits;
@@ -34,7 +34,7 @@ impl Settings {
         }
         for engine in gpu_engines {
             match device_limits(engine, &self.workers) {
-                Ok(device) => drop(limits.devices.insert((*engine).to_owned(), device)),
+                Ok(device) => drop(limits.devices.insert(engine.to_owned(), device)),
                 Err(error) => progress.say(&format!("{engine}: limits were not measured: {error:#}")),
             }
         }

@@ -3,6 +3,8 @@
 pub mod cell;
 pub mod inputs;
 pub mod limits;
+pub mod models;
+pub mod prepare;
 pub mod progress;
 mod scenarios;
 pub mod settings;
@@ -38,6 +40,9 @@ pub struct RunContext {
     pub repeat_disturbed: u32,
 }
 
+/// So many cells in a row that stayed disturbed tell that repeating them only takes time.
+const NEVER_QUIET: u32 = 3;
+
 /// Runs the cells that are not in `done` one after the other and appends a row as each ends. Returns
 /// the rows of this call that count; an interrupt ends it early.
 pub fn execute(
@@ -49,6 +54,8 @@ pub fn execute(
     progress: &Progress,
 ) -> Result<Vec<CellRecord>> {
     let mut records = Vec::new();
+    // Cells in a row that no repetition found undisturbed.
+    let mut in_vain = 0;
     'cells: for (index, cell) in cells.iter().enumerate() {
         let id = cell.id(&context.models[cell.model].name);
         if done.contains(&id) {
@@ -66,10 +73,13 @@ pub fn execute(
             }
             log.append(&record)?;
             progress.end(&record);
-            let again = attempt < context.repeat_disturbed
-                && record.outcome == Outcome::Ok
-                && !record.samples.disturbances.is_empty();
+            let disturbed = record.outcome == Outcome::Ok && !record.samples.disturbances.is_empty();
+            let again = disturbed && attempt < context.repeat_disturbed && in_vain < NEVER_QUIET;
             if !again {
+                in_vain = if disturbed { in_vain + 1 } else { 0 };
+                if in_vain == NEVER_QUIET && context.repeat_disturbed > 0 {
+                    progress.say("this machine is never quiet: disturbed cells are not repeated any more");
+                }
                 records.push(record);
                 break;
             }

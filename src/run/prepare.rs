@@ -1,0 +1,184 @@
+//! What comes before the first cell: engines are probed and held against the reference, models and inputs made and
+//! checked, the machine's limits measured, and the cells planned.
+
+use super::RunContext;
+use super::inputs::ModelInputs;
+use super::limits::machine;
+use super::models::Models;
+use super::progress::Progress;
+use super::settings::Settings;
+use crate::data::dataset::Dataset;
+use crate::engines::{self, stock_form, tuned};
+use crate::interrupt;
+use crate::plan::{Cell, engines_of, interleaved, quantization_name};
+use crate::probe::{Availability, Reason, probe};
+use crate::record::Outcome;
+use crate::verify::reference::Reference;
+use crate::verify::{Scope, Verdict, verify};
+use crate::worker::Workers;
+use anyhow::{Result, bail};
+use evalfw_engine::protocol::{Adapters, DeviceKind, EngineInfo, Quantization};
+use std::collections::{BTreeMap, BTreeSet};
+
+pub struct Prepared {
+    pub context: RunContext,
+    pub cells: Vec<Cell>,
+    /// Cells of engines that cannot run here, once each.
+    pub unavailable: Vec<(Cell, Reason)>,
+    /// In the order of `context.models`.
+    pub inputs: Vec<ModelInputs>,
+}
+
+/// Probes the engines, finds or makes the models, checks all input, and plans the cells.
+/// `None` if the user interrupted.
+pub fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Result<Option<Prepared>> {
+    let suite = &settings.suite;
+    let wanted = engines_of(suite, &settings.engines);
+    if wanted.is_empty() {
+        let with_one: Vec<_> = tuned().map(|e| e.name).filter(|name| stock_form(name).is_some()).collect();
+        bail!(
+            "none of the engines that were named has a stock form, which all cells of this suite ask for; name one \
+             that has: {}",
+            with_one.join(", ")
+        );
+    }
+    let Some(Probed { available, missing }) = probe_all(&wanted, &settings.workers, progress) else {
+        return Ok(None);
+    };
+    if available.is_empty() {
+        bail!("none of the engines can run here; `evalfw engines` says what is missing");
+    }
+
+    let mut notify = |line: &str| progress.say(line);
+    let mut models = Models::new(settings, data, &mut notify)?;
+    let mut engines = Vec::new();
+    let mut software_adapters = BTreeSet::new();
+    for (engine, info) in &available {
+        let model = match info.device.software {
+            true => models.for_software_adapter()?,
+            false => models.main()?,
+        };
+        engines.push((engine.clone(), model));
+        if info.device.software {
+            software_adapters.insert(engine.clone());
+        }
+    }
+    let mut own_models = BTreeMap::new();
+    for name in suite.cells.iter().filter_map(|c| c.scenario.own_model()) {
+        own_models.insert(name.to_owned(), models.get(name)?);
+    }
+    let mut unavailable = Vec::new();
+    for (engine, reason) in missing {
+        // The tuned form says already why the device cannot be used.
+        if !settings.engines_named && engines::stock_form(&engine) == Some(engine.as_str()) {
+            continue;
+        }
+        // Its rows stand beside those of the engines that ran.
+        let model = engines[0].1;
+        let once = interleaved(suite, &settings.engines, &[(engine, model)], &own_models)
+            .into_iter()
+            .filter(|c| c.repetition == 0);
+        unavailable.extend(once.map(|cell| (cell, reason.clone())));
+    }
+    let verdicts = verify_all(&engines, &settings.workers, progress)?;
+    let mut cells = interleaved(suite, &settings.engines, &engines, &own_models);
+    if !settings.engines_named {
+        // It takes a software adapter minutes, and the time would say nothing.
+        cells.retain(|c| c.scenario.own_model().is_none() || !software_adapters.contains(&c.engine));
+    }
+    cells.retain(|cell| {
+        let quantization = cell.scenario.quantization();
+        let info = available.iter().find(|(engine, _)| *engine == cell.engine).map(|(_, info)| info);
+        let Some(info) = info.filter(|info| !info.quantizations.contains(&quantization)) else {
+            return true;
+        };
+        if cell.repetition == 0 {
+            unavailable.push((cell.clone(), no_such_form(quantization, &info.quantizations)));
+        }
+        false
+    });
+    let on_gpu = |info: &EngineInfo| info.device.kind != DeviceKind::Cpu && !info.device.software;
+    let gpus = available.iter().filter(|(_, info)| on_gpu(info)).map(|(engine, _)| engine.as_str());
+    let limits = settings.limits(gpus, progress);
+    if interrupt::requested() {
+        return Ok(None);
+    }
+    let context = RunContext {
+        models: models.records,
+        environment: machine(&engines[0].0, &settings.workers)?,
+        verdicts,
+        host_limits: limits.host,
+        device_limits: limits.devices,
+        launcher: settings.workers.launcher.as_ref().map(|launcher| launcher.text.clone()),
+        repeat_disturbed: settings.repeat_disturbed,
+    };
+    Ok(Some(Prepared { context, cells, unavailable, inputs: models.inputs }))
+}
+
+/// What the engines said of themselves.
+struct Probed {
+    available: Vec<(String, EngineInfo)>,
+    missing: Vec<(String, Reason)>,
+}
+
+/// `None` if the user interrupted.
+fn probe_all(wanted: &[String], workers: &Workers, progress: &Progress) -> Option<Probed> {
+    let mut probed = Probed { available: Vec::new(), missing: Vec::new() };
+    for engine in wanted {
+        let availability = probe(engine, workers);
+        if interrupt::requested() {
+            return None;
+        }
+        match availability {
+            Availability::Available(info) => {
+                if let Some(Adapters { taken, all }) = info.choice() {
+                    let (title, count) = (info.device.title(), all.len());
+                    progress.say(&format!(
+                        "{engine} takes adapter {taken} of {count}, {title}; EVALFW_GPU chooses another"
+                    ));
+                }
+                probed.available.push((engine.clone(), *info));
+            }
+            Availability::Unavailable(reason) => {
+                progress.say(&format!("{engine} cannot run here: {}{}", reason.reason, advice(&reason)));
+                probed.missing.push((engine.clone(), reason));
+            }
+        }
+    }
+    Some(probed)
+}
+
+fn no_such_form(quantization: Quantization, forms: &[Quantization]) -> Reason {
+    let names: Vec<_> = forms.iter().map(|form| format!("`{}`", quantization_name(*form))).collect();
+    Reason {
+        outcome: Outcome::Unavailable,
+        reason: format!("the engine has no quantization `{}`", quantization_name(quantization)),
+        advice: Some(format!("the engine has {}", names.join(" and "))),
+        stderr_tail: Vec::new(),
+    }
+}
+
+/// Holds each engine against the reference, in short, before anything of it is timed.
+fn verify_all(
+    engines: &[(String, usize)],
+    workers: &Workers,
+    progress: &Progress,
+) -> Result<BTreeMap<String, Verdict>> {
+    let reference = Reference::built_in()?;
+    let mut verdicts = BTreeMap::new();
+    for (engine, _) in engines {
+        let command = workers.of_engine(engine)?;
+        let verdict = verify(engine, &command, &reference, Scope::Short);
+        progress.say(&format!("{engine}: {}", verdict.summary()));
+        verdicts.insert(engine.clone(), verdict);
+    }
+    Ok(verdicts)
+}
+
+fn advice(reason: &Reason) -> String {
+    match (&reason.advice, reason.stderr_tail.last()) {
+        (Some(advice), _) => format!(" ({advice})"),
+        (None, Some(words)) => format!(" (its last words: {words})"),
+        (None, None) => String::new(),
+    }
+}
