@@ -1,12 +1,12 @@
 //! Memory of NVIDIA GPUs, as the driver tells it.
 
-use super::{COST_DIVISOR, GpuMemory};
+use super::GpuMemory;
 use nvml_wrapper::Nvml;
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-const INTERVAL: Duration = Duration::from_millis(100);
+pub const INTERVAL: Duration = Duration::from_millis(100);
 
 /// The driver's library; `None` where there is no NVIDIA driver.
 pub fn nvml() -> Option<&'static Nvml> {
@@ -17,7 +17,6 @@ pub fn nvml() -> Option<&'static Nvml> {
 pub struct Watcher {
     nvml: &'static Nvml,
     gpus: Vec<Option<GpuMemory>>,
-    next: Instant,
 }
 
 impl Watcher {
@@ -25,18 +24,13 @@ impl Watcher {
     pub fn open() -> Option<Self> {
         let nvml = nvml()?;
         let count = nvml.device_count().ok().filter(|count| *count > 0)?;
-        Some(Self { nvml, gpus: vec![None; count as usize], next: Instant::now() })
+        Some(Self { nvml, gpus: vec![None; count as usize] })
     }
 
     pub fn look(&mut self, pids: &[u32]) {
-        let begun = Instant::now();
-        if begun < self.next {
-            return;
-        }
         for (index, seen) in (0..).zip(&mut self.gpus) {
             look_at(self.nvml, index, pids, seen);
         }
-        self.next = Instant::now() + INTERVAL.max(begun.elapsed() * COST_DIVISOR);
     }
 
     pub fn figures(&self) -> Vec<GpuMemory> {

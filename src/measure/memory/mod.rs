@@ -106,7 +106,7 @@ pub struct SamplerCost {
 /// Watches one process and its descendants until it is stopped or dropped.
 pub struct MemoryProbe {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 struct Shared {
@@ -153,8 +153,14 @@ impl MemoryProbe {
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), stop: Condvar::new() });
         let watched = Arc::clone(&shared);
-        let thread = std::thread::spawn(move || look_until_stopped(&watched));
-        Self { shared, thread: Some(thread) }
+        let mut threads = vec![std::thread::spawn(move || look_until_stopped(&watched))];
+        #[cfg(not(target_os = "macos"))]
+        {
+            // Of its own: a driver may take long to answer.
+            let watched = Arc::clone(&shared);
+            threads.push(std::thread::spawn(move || look_at_gpus_until_stopped(&watched)));
+        }
+        Self { shared, threads }
     }
 
     /// Ends the current phase and begins the next one.
@@ -182,14 +188,14 @@ impl MemoryProbe {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.lock()
     }
 
     fn stop(&mut self) {
         self.lock().stopped = true;
         self.shared.stop.notify_all();
-        if let Some(thread) = self.thread.take() {
-            // The sampler has nothing to report; if it panicked there are only fewer samples.
+        for thread in self.threads.drain(..) {
+            // A sampler has nothing to report; if it panicked there are only fewer samples.
             let _ = thread.join();
         }
     }
@@ -226,25 +232,46 @@ impl State {
 }
 
 fn look_until_stopped(shared: &Shared) {
-    let lock = || shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-    #[cfg(not(target_os = "macos"))]
-    let mut gpus = gpu::Watcher::open();
-    let mut state = lock();
+    let mut state = shared.lock();
     while !state.stopped {
         let begun = Instant::now();
+        let cpu_before = os::thread_cpu_seconds();
         state.look();
-        #[cfg(not(target_os = "macos"))]
-        if let Some(gpus) = &mut gpus {
-            let pids = state.watcher.pids();
-            // Asking a driver may take long, and the harness must be able to end the phase.
-            drop(state);
-            gpus.look(&pids);
-            state = lock();
-            state.gpus = gpus.figures();
-        }
-        state.cost.cpu_seconds = os::thread_cpu_seconds();
-        let wait = INTERVAL.max(begun.elapsed() * COST_DIVISOR);
-        let waited = shared.stop.wait_timeout_while(state, wait, |s| !s.stopped);
-        state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        let cpu = os::thread_cpu_seconds();
+        state.cost.cpu_seconds = cpu;
+        // A look that had to wait for a core cost no more than another.
+        let took =
+            cpu.zip(cpu_before).map(|(after, before)| Duration::from_secs_f64((after - before).max(0.0)));
+        let wait = INTERVAL.max(took.unwrap_or(begun.elapsed()) * COST_DIVISOR);
+        state = shared.wait(state, wait);
+    }
+}
+
+#[cfg(not(target_os = "macos"))]
+fn look_at_gpus_until_stopped(shared: &Shared) {
+    let Some(mut gpus) = gpu::Watcher::open() else { return };
+    let mut state = shared.lock();
+    while !state.stopped {
+        let pids = state.watcher.pids();
+        // Nobody shall wait for a driver.
+        drop(state);
+        let begun = Instant::now();
+        gpus.look(&pids);
+        let took = begun.elapsed();
+        state = shared.lock();
+        state.gpus = gpus.figures();
+        state = shared.wait(state, gpu::INTERVAL.max(took));
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Until it is stopped, or the time has passed.
+    fn wait<'a>(&'a self, state: MutexGuard<'a, State>, time: Duration) -> MutexGuard<'a, State> {
+        let waited = self.stop.wait_timeout_while(state, time, |state| !state.stopped);
+        waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
