@@ -1,6 +1,6 @@
 //! The machine's state while a cell runs: what else took its time, and what slowed it down.
 
-use super::memory::{self, MemoryFigures, MemoryProbe};
+use super::memory::{MemoryFigures, MemoryProbe};
 use serde::{Deserialize, Serialize};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -233,7 +233,7 @@ fn larger(a: Option<f64>, b: Option<f64>) -> Option<f64> {
 #[cfg(not(target_os = "macos"))]
 fn gpu_slowdowns() -> Vec<String> {
     use nvml_wrapper::bitmasks::device::ThrottleReasons;
-    let Some(nvml) = memory::gpu::nvml() else { return Vec::new() };
+    let Some(nvml) = super::memory::gpu::nvml() else { return Vec::new() };
     let reasons = [
         (ThrottleReasons::SW_THERMAL_SLOWDOWN, "slowed for its heat by the driver"),
         (ThrottleReasons::HW_THERMAL_SLOWDOWN, "slowed for its heat"),
@@ -254,7 +254,8 @@ fn gpu_slowdowns() -> Vec<String> {
 
 #[cfg(target_os = "linux")]
 mod os {
-    use super::{Counters, memory};
+    use super::Counters;
+    use crate::measure::memory;
     use std::fs;
     use std::path::Path;
 

@@ -103,6 +103,13 @@ pub struct SamplerCost {
     pub wall_seconds: f64,
 }
 
+/// What is looked at, each by a thread of its own: a GPU's driver may take long to answer.
+const LOOKS: &[fn(&Shared)] = &[
+    look_until_stopped,
+    #[cfg(not(target_os = "macos"))]
+    look_at_gpus_until_stopped,
+];
+
 /// Watches one process and its descendants until it is stopped or dropped.
 pub struct MemoryProbe {
     shared: Arc<Shared>,
@@ -152,14 +159,11 @@ impl MemoryProbe {
             gpus: Vec::new(),
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), stop: Condvar::new() });
-        let watched = Arc::clone(&shared);
-        let mut threads = vec![std::thread::spawn(move || look_until_stopped(&watched))];
-        #[cfg(not(target_os = "macos"))]
-        {
-            // Of its own: a driver may take long to answer.
+        let start = |look: fn(&Shared)| {
             let watched = Arc::clone(&shared);
-            threads.push(std::thread::spawn(move || look_at_gpus_until_stopped(&watched)));
-        }
+            std::thread::spawn(move || look(&watched))
+        };
+        let threads = LOOKS.iter().map(|look| start(*look)).collect();
         Self { shared, threads }
     }
 
