@@ -37,6 +37,8 @@ fn training_workers(harness: &Child, workspace: &Workspace, processes: usize) ->
     loop {
         let workers = process_tree(harness.id()).split_off(1);
         if workspace.has_begun("candle-cpu", "train") && workers.len() == processes {
+            // Some looks at its memory.
+            std::thread::sleep(Duration::from_millis(300));
             return workers;
         }
         assert!(Instant::now() < deadline, "no worker came to training within 60 s");
