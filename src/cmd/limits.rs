@@ -51,5 +51,5 @@ fn table(limits: &HostLimits) -> String {
         [name.to_owned(), shown]
     });
     let threads = format!("{} threads", limits.threads);
-    terminal::table(&["limit", &threads], 1..2, rows.into_iter())
+    terminal::table(&["limit", &threads], 1..2, rows)
 }
