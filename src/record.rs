@@ -307,6 +307,11 @@ pub fn record_file(path: &Path) -> PathBuf {
     if path.is_dir() { path.join(CELLS_FILE) } else { path.to_owned() }
 }
 
+/// The folder of a run: `path` itself, or the one that the record lies in.
+pub fn record_folder(path: &Path) -> PathBuf {
+    if path.is_dir() { path.to_owned() } else { path.parent().map(Path::to_owned).unwrap_or_default() }
+}
+
 /// Reads a record: a run folder or its `cells.jsonl`. Of several rows for one cell (a resumed run, a cell that was
 /// disturbed) the last counts. A last line that is cut short is the mark of an interrupted run and is left out.
 pub fn read(path: &Path) -> Result<Vec<CellRecord>> {

@@ -1,5 +1,6 @@
 //! Joins records into one whose rows tell which machine they are from.
 
+use crate::compare::sameness::is_same_machine;
 use crate::measure::host::Environment;
 use crate::record::{CellRecord, RunLog};
 use anyhow::{Context, Result, bail};
@@ -55,15 +56,7 @@ fn free_name(name: &str, taken: &[CellRecord]) -> Result<String> {
 
 /// The CPU's name, or the GPU's where there is one; a second machine that would have the same one gets a number.
 fn named(hosts: &mut Vec<(String, Environment)>, environment: &Environment) -> String {
-    let same = |known: &Environment| {
-        // What a run changes of a machine does not make it another one.
-        known.cpu == environment.cpu
-            && known.logical_cores == environment.logical_cores
-            && known.os == environment.os
-            && known.gpus == environment.gpus
-            && known.memory_bytes.abs_diff(environment.memory_bytes) < environment.memory_bytes / 50
-    };
-    if let Some((name, _)) = hosts.iter().find(|(_, known)| same(known)) {
+    if let Some((name, _)) = hosts.iter().find(|(_, known)| is_same_machine(known, environment)) {
         return name.clone();
     }
     let gpu = environment.gpus.first().and_then(|gpu| gpu.split(',').next());

@@ -1,5 +1,4 @@
 //! Records of several machines and of several days, put together.
 
 pub mod history;
-pub mod hosts;
 pub mod merge;

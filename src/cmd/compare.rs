@@ -5,7 +5,7 @@ use crate::compare::sameness::differences;
 use crate::compare::thresholds::Thresholds;
 use crate::compare::{Comparison, Verdict, bencher, compare, junit, present};
 use crate::output::{note, print};
-use crate::record::{self, CellRecord, record_file};
+use crate::record::{self, CellRecord, record_file, record_folder};
 use crate::render::format::list;
 use crate::render::report::write_file;
 use anyhow::{Context, Result, bail};
@@ -175,7 +175,7 @@ fn confirmed(
 
 /// A folder of its own, so that reruns are never mistaken for runs.
 fn beside(record: &Path) -> PathBuf {
-    let folder = if record.is_dir() { record } else { record.parent().unwrap_or(Path::new("")) };
+    let folder = record_folder(record);
     let root = folder.parent().unwrap_or(Path::new(""));
     root.join("confirm").join(jiff::Timestamp::now().strftime("%Y%m%d-%H%M%S").to_string())
 }

@@ -2,9 +2,8 @@
 
 use crate::accumulate::history::{Filter, Trend, charts, read, trends};
 use crate::compare::figure::Metric;
-use crate::compare::present::harmless;
 use crate::output::{note, print};
-use crate::render::format::{gb, significant};
+use crate::render::format::harmless;
 use crate::render::report::write_file;
 use crate::render::terminal;
 use anyhow::{Result, bail};
@@ -78,8 +77,6 @@ fn table(trends: &[Trend]) -> String {
     for trend in trends {
         let mut before = None;
         for point in &trend.points {
-            let shown =
-                if metric == Metric::PeakMemoryBytes { gb(point.value) } else { significant(point.value) };
             let change = before.map(|before: f64| format!("{:+.1} %", (point.value / before - 1.0) * 100.0));
             let commit = point.commit.clone().unwrap_or_else(|| "unknown".to_owned());
             rows.push([
@@ -88,7 +85,7 @@ fn table(trends: &[Trend]) -> String {
                 point.at.strftime("%Y-%m-%d %H:%M").to_string(),
                 commit,
                 point.processes.to_string(),
-                shown,
+                metric.shown(point.value),
                 change.unwrap_or_default(),
             ]);
             before = Some(point.value);

@@ -39,14 +39,7 @@ pub fn run(args: &LimitsArgs) -> Result<ExitCode> {
 }
 
 fn table(limits: &HostLimits) -> String {
-    let rows = [
-        ("memory, read", limits.memory_bytes_per_second, "GB/s"),
-        ("matrix products, f32", limits.f32_flops, "GFLOP/s"),
-        ("matrix products, bf16", limits.bf16_flops, "GFLOP/s"),
-        ("file in the page cache, read", limits.page_cache_bytes_per_second, "GB/s"),
-        ("file on the disk, read", limits.disk_bytes_per_second, "GB/s"),
-    ];
-    let rows = rows.map(|(name, rate, unit)| {
+    let rows = limits.named().map(|(name, rate, unit)| {
         let shown = rate.map_or("not here".to_owned(), |rate| format!("{} {unit}", significant(rate / 1e9)));
         [name.to_owned(), shown]
     });

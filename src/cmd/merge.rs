@@ -1,10 +1,10 @@
 //! `evalfw merge`: records of several machines become one, with a column for each.
 
-use crate::accumulate::hosts;
 use crate::accumulate::merge::{Part, merged, write};
 use crate::decide::criteria::Criteria;
 use crate::output::print;
 use crate::record;
+use crate::render::hosts;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::path::{Path, PathBuf};

@@ -1,11 +1,9 @@
 //! `evalfw report`: renders a run's report again, from its record alone.
 
-use crate::accumulate::hosts;
 use crate::decide::criteria::Criteria;
 use crate::output::print;
-use crate::record::{self, CellRecord, record_file};
-use crate::render::trace::Lines;
-use crate::render::{report, terminal};
+use crate::record::{self, record_folder};
+use crate::render::{hosts, report, terminal};
 use anyhow::{Context, Result};
 use clap::Args;
 use std::path::{Component, Path, PathBuf};
@@ -47,7 +45,7 @@ fn render(args: &ReportArgs) -> Result<()> {
     };
     let cells = record::read(&args.run)?;
     if hosts::is_merged(&cells) {
-        return by_host(args, &cells, &criteria);
+        return by_host(args, &criteria);
     }
     if args.json {
         let report = report::render(&args.run, "", &criteria)?;
@@ -62,9 +60,9 @@ fn render(args: &ReportArgs) -> Result<()> {
 }
 
 /// Of a record that was merged: figures of different machines are not ranked against each other.
-fn by_host(args: &ReportArgs, cells: &[CellRecord], criteria: &Criteria) -> Result<()> {
+fn by_host(args: &ReportArgs, criteria: &Criteria) -> Result<()> {
     if args.json {
-        let report = hosts::report(cells, &Lines::read(&record_file(&args.run))?, criteria);
+        let report = hosts::findings(&args.run, criteria)?;
         return print(&(serde_json::to_string_pretty(&report)? + "\n"));
     }
     if args.output.as_deref() == Some(Path::new("-")) {
@@ -77,11 +75,7 @@ fn by_host(args: &ReportArgs, cells: &[CellRecord], criteria: &Criteria) -> Resu
 
 /// Where the report goes, and the way from there to the record.
 fn output(args: &ReportArgs) -> Result<(PathBuf, String)> {
-    let folder = if args.run.is_dir() {
-        args.run.clone()
-    } else {
-        args.run.parent().map(Path::to_owned).unwrap_or_default()
-    };
+    let folder = record_folder(&args.run);
     let output = args.output.clone().unwrap_or_else(|| folder.join("report.md"));
     let prefix = link_prefix(&output, &folder)?;
     Ok((output, prefix))

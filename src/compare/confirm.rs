@@ -2,7 +2,7 @@
 
 use super::{Comparison, Row, Verdict};
 use crate::decide::jobs::arrange;
-use crate::record::{self, CELLS_FILE, CellRecord};
+use crate::record::{self, CELLS_FILE, CellRecord, record_folder};
 use crate::run::settings::Settings;
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeSet;
@@ -82,11 +82,7 @@ fn job_name(cell: &CellRecord) -> String {
 
 /// What the side's run was told, cut down to these jobs.
 fn settings(side: &Side, jobs: &BTreeSet<String>) -> Result<Settings> {
-    let folder = match side.record.is_dir() {
-        true => side.record.as_path(),
-        false => side.record.parent().unwrap_or(Path::new("")),
-    };
-    let mut settings = Settings::read(folder).with_context(|| {
+    let mut settings = Settings::read(&record_folder(&side.record)).with_context(|| {
         format!("the {} cannot be run again: its folder needs run.json beside {CELLS_FILE}", side.name)
     })?;
     let cells = record::read(&side.record)?;

@@ -1,7 +1,8 @@
 //! JUnit XML, which continuous integration shows: a suite per job, a case per metric.
 
-use super::present::{change, figure, harmless, mark};
+use super::present::{change, figure, mark};
 use super::{Comparison, Row, Verdict};
+use crate::render::format::harmless;
 use anyhow::{Context, Result};
 use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite};
 

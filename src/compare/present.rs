@@ -2,7 +2,7 @@
 
 use super::figure::Metric;
 use super::{Comparison, Row, Side, Verdict};
-use crate::render::format::{gb, list, markdown, plain, significant};
+use crate::render::format::{harmless, list, markdown, plain};
 use crate::render::terminal;
 use crate::stats::Ratio;
 use std::fmt::Write as _;
@@ -57,17 +57,6 @@ fn cells(row: &Row, comparison: &Comparison) -> [String; HEADER.len()] {
     .map(|cell| harmless(&cell))
 }
 
-/// Names and messages come from files: on one line, without what steers a terminal or turns the direction of text.
-pub fn harmless(text: &str) -> String {
-    let steers = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-            || matches!(c, '\u{fffe}' | '\u{ffff}')
-    };
-    let plain: String = text.chars().map(|c| if steers(c) { ' ' } else { c }).collect();
-    plain.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
 /// What stands in every line where the sides differ in more than time.
 pub fn mark(comparison: &Comparison) -> String {
     if comparison.differences.is_empty() { String::new() } else { format!(" ({DIFFERENT})") }
@@ -78,8 +67,7 @@ pub fn figure(row: &Row, side: &Side) -> String {
     match (row.metric, side.figure) {
         (None, _) => side.outcomes.clone(),
         (Some(_), None) => "-".to_owned(),
-        (Some(Metric::PeakMemoryBytes), Some(bytes)) => gb(bytes),
-        (Some(_), Some(figure)) => significant(figure),
+        (Some(metric), Some(figure)) => metric.shown(figure),
     }
 }
 

@@ -34,6 +34,11 @@ pub fn differences(base: &[CellRecord], head: &[CellRecord]) -> Vec<String> {
     found
 }
 
+/// Whether both are the same machine, as far as records tell.
+pub fn is_same_machine(a: &Environment, b: &Environment) -> bool {
+    machine_parts(a, b).is_empty()
+}
+
 fn machine_parts(a: &Environment, b: &Environment) -> Vec<(&'static str, String, String)> {
     let parts = [
         ("CPU", a.cpu.clone(), b.cpu.clone()),

@@ -47,7 +47,20 @@ const READ_BYTES: usize = 512 << 20;
 const FILE_BYTES: usize = 256 << 20;
 const ROUNDS: usize = 7;
 
+/// A limit for people: its name, bytes or operations per second, and the unit of 10^9 of them.
+pub type Named = (&'static str, Option<f64>, &'static str);
+
 impl HostLimits {
+    pub fn named(&self) -> [Named; 5] {
+        [
+            ("memory, read", self.memory_bytes_per_second, "GB/s"),
+            ("matrix products, f32", self.f32_flops, "GFLOP/s"),
+            ("matrix products, bf16", self.bf16_flops, "GFLOP/s"),
+            ("file in the page cache, read", self.page_cache_bytes_per_second, "GB/s"),
+            ("file on the disk, read", self.disk_bytes_per_second, "GB/s"),
+        ]
+    }
+
     /// Takes some seconds. The file is made in `folder`, as a file of the disk that models are on.
     pub fn measure(folder: &Path) -> Result<Self> {
         let (page_cache, disk) = file_rates(folder).with_context(|| folder.display().to_string())?;

@@ -48,7 +48,8 @@ const PLATEAU_WIDTH: f64 = 0.1;
 
 /// Whether the last `counted` of the times have settled: the medians of their two halves lie together. `None` if they
 /// are too few to tell.
-pub fn plateau(seconds: &[f64], counted: usize) -> Option<bool> {
+pub fn plateau(seconds: impl IntoIterator<Item = f64>, counted: usize) -> Option<bool> {
+    let seconds: Vec<f64> = seconds.into_iter().collect();
     let last = &seconds[seconds.len().saturating_sub(counted)..];
     if last.len() < PLATEAU_LEAST {
         return None;
@@ -137,13 +138,13 @@ mod tests {
 
     #[test]
     fn a_plateau_is_told_from_a_slope_and_from_too_little() {
-        assert_eq!(plateau(&[1.0, 1.05, 0.97, 1.02], 4), Some(true));
-        assert_eq!(plateau(&[2.0, 1.6, 1.2, 1.0], 4), Some(false));
+        assert_eq!(plateau([1.0, 1.05, 0.97, 1.02], 4), Some(true));
+        assert_eq!(plateau([2.0, 1.6, 1.2, 1.0], 4), Some(false));
         // The slope lies before what counts.
-        assert_eq!(plateau(&[5.0, 2.0, 1.0, 1.02, 0.99, 1.01], 4), Some(true));
-        assert_eq!(plateau(&[1.0, 1.0], 2), None);
+        assert_eq!(plateau([5.0, 2.0, 1.0, 1.02, 0.99, 1.01], 4), Some(true));
+        assert_eq!(plateau([1.0, 1.0], 2), None);
         // One outlier is no slope.
-        assert_eq!(plateau(&[1.0, 1.0, 9.0, 1.0, 1.0, 1.0], 6), Some(true));
+        assert_eq!(plateau([1.0, 1.0, 9.0, 1.0, 1.0, 1.0], 6), Some(true));
     }
 
     #[test]

@@ -73,6 +73,17 @@ fn distance(value: f64) -> String {
     }
 }
 
+/// Names and messages come from files: on one line, without what steers a terminal or turns the direction of text.
+pub fn harmless(text: &str) -> String {
+    let steers = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+            || matches!(c, '\u{fffe}' | '\u{ffff}')
+    };
+    let plain: String = text.chars().map(|c| if steers(c) { ' ' } else { c }).collect();
+    plain.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 /// `45 s`, `12 min`, `3 h 5 min`.
 pub fn duration(seconds: f64) -> String {
     let minutes = (seconds / 60.0).round() as u64;

@@ -14,7 +14,7 @@ use super::tuning::{TuningRow, tuning_rows};
 use crate::decide::criteria::Criteria;
 use crate::decide::jobs::{Job, arrange, compared, models};
 use crate::decide::{Decision, decide};
-use crate::record::{self, CellRecord, ModelRecord, record_file};
+use crate::record::{self, CellRecord, ModelRecord, record_file, record_folder};
 use anyhow::{Context, Result};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
@@ -74,7 +74,7 @@ pub fn render(run: &Path, link_prefix: &str, criteria: &Criteria) -> Result<Repo
 /// Renders the report and writes it to `output`, and its charts beside the record.
 pub fn write(run: &Path, output: &Path, link_prefix: &str, criteria: &Criteria) -> Result<Report> {
     let report = render(run, link_prefix, criteria)?;
-    let folder = record_file(run).parent().map(Path::to_owned).unwrap_or_default();
+    let folder = record_folder(run);
     for chart in &report.charts {
         write_file(&folder.join(&chart.file), &chart.svg)?;
     }

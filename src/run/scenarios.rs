@@ -4,7 +4,7 @@ use super::cell::Session;
 use super::inputs::{ModelInputs, TrainInputs};
 use crate::measure::metrics::{TUNE_PHASE, plateau};
 use crate::plan::Cell;
-use crate::record::{DecodeSample, EvaluationSample, LoadSample, PrefillSample, Probe, TrainSample};
+use crate::record::{DecodeSample, EvaluationSample, LoadSample, PrefillSample, Probe, Samples, TrainSample};
 use crate::scenario::{InferScenario, QualityScenario, Scenario, TrainScenario};
 use crate::worker::Failure;
 use evalfw_engine::lora::{Adapter, Target};
@@ -91,18 +91,32 @@ fn train_until_steady(
     seed: u64,
 ) -> Result<(), Failure> {
     let counted = scenario.steps;
-    for step in scenario.total_steps()..=scenario.total_steps() + counted {
-        let times = session.samples.train.iter().map(|sample| sample.seconds);
-        let steady = plateau(&times.collect::<Vec<_>>(), counted);
-        session.samples.steady = steady;
-        if steady != Some(false) || step == scenario.total_steps() + counted {
-            break;
-        }
-        train_steps(session, scenario, files, seed, step..step + 1)?;
-    }
+    let steady = |samples: &Samples| plateau(samples.train.iter().map(|sample| sample.seconds), counted);
+    until_steady(session, counted, steady, |session, further| {
+        let step = scenario.total_steps() + further;
+        train_steps(session, scenario, files, seed, step..step + 1)
+    })?;
     let warmup = session.samples.train.len() - counted;
     for (index, sample) in session.samples.train.iter_mut().enumerate() {
         sample.warmup = index < warmup;
+    }
+    Ok(())
+}
+
+/// Does `more`, at most so many times, while the times are not `steady`.
+fn until_steady(
+    session: &mut Session<'_>,
+    most: usize,
+    steady: impl Fn(&Samples) -> Option<bool>,
+    mut more: impl FnMut(&mut Session<'_>, usize) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    session.samples.steady = steady(&session.samples);
+    for further in 0..most {
+        if session.samples.steady != Some(false) {
+            break;
+        }
+        more(session, further)?;
+        session.samples.steady = steady(&session.samples);
     }
     Ok(())
 }
@@ -238,39 +252,17 @@ fn infer(
         ..Tune::default()
     })?;
     let rounds = scenario.warmup + scenario.repeats;
-    for round in 0..=rounds + scenario.repeats {
-        if round >= rounds {
-            let times = |seconds: &mut dyn Iterator<Item = f64>| {
-                plateau(&seconds.collect::<Vec<_>>(), scenario.repeats)
-            };
-            let samples = &session.samples;
-            let prefill = times(&mut samples.prefill.iter().map(|sample| sample.seconds));
-            let decode = times(&mut samples.decode.iter().map(|sample| sample.seconds.iter().sum()));
-            let steady = prefill.zip(decode).map(|(prefill, decode)| prefill && decode);
-            session.samples.steady = steady;
-            if steady != Some(false) || round == rounds + scenario.repeats {
-                break;
-            }
-        }
-        let warmup = round < scenario.warmup;
-        let of = format!("round {} of {rounds}", round + 1);
-        session.phase("prefill");
-        let prefill = session.call(format!("prefill, {of}"), Prefill { tokens: prompt.clone() })?;
-        let tokens = prompt.len();
-        session.samples.prefill.push(PrefillSample { warmup, tokens, seconds: prefill.seconds });
-        session.phase("decode");
-        let call = Decode { first: prefill.next, steps: scenario.generate_tokens };
-        let decode = session.call(format!("decode, {of}"), call)?;
-        if decode.seconds.len() != scenario.generate_tokens || decode.tokens.len() != scenario.generate_tokens
-        {
-            let got = decode.tokens.len();
-            return Err(Failure::Wrong(format!(
-                "{got} tokens decoded, {} asked for",
-                scenario.generate_tokens
-            )));
-        }
-        session.samples.decode.push(DecodeSample { warmup, seconds: decode.seconds });
+    for round in 0..rounds {
+        infer_round(session, scenario, &prompt, round)?;
     }
+    let steady = |samples: &Samples| {
+        let prefill = plateau(samples.prefill.iter().map(|sample| sample.seconds), scenario.repeats)?;
+        let decode = samples.decode.iter().map(|sample| sample.seconds.iter().sum());
+        Some(prefill && plateau(decode, scenario.repeats)?)
+    };
+    until_steady(session, scenario.repeats, steady, |session, further| {
+        infer_round(session, scenario, &prompt, rounds + further)
+    })?;
     let warmup = session.samples.prefill.len() - scenario.repeats;
     for (index, (prefill, decode)) in
         session.samples.prefill.iter_mut().zip(&mut session.samples.decode).enumerate()
@@ -281,6 +273,29 @@ fn infer(
         "kv_cache_generation",
         &format!("{} tokens decoded after the prompt", scenario.generate_tokens),
     );
+    Ok(())
+}
+
+fn infer_round(
+    session: &mut Session<'_>,
+    scenario: &InferScenario,
+    prompt: &[u32],
+    round: usize,
+) -> Result<(), Failure> {
+    let warmup = round < scenario.warmup;
+    let of = format!("round {} of {}", round + 1, scenario.warmup + scenario.repeats);
+    session.phase("prefill");
+    let prefill = session.call(format!("prefill, {of}"), Prefill { tokens: prompt.to_vec() })?;
+    let tokens = prompt.len();
+    session.samples.prefill.push(PrefillSample { warmup, tokens, seconds: prefill.seconds });
+    session.phase("decode");
+    let steps = scenario.generate_tokens;
+    let decode = session.call(format!("decode, {of}"), Decode { first: prefill.next, steps })?;
+    if decode.seconds.len() != steps || decode.tokens.len() != steps {
+        let got = decode.tokens.len();
+        return Err(Failure::Wrong(format!("{got} tokens decoded, {steps} asked for")));
+    }
+    session.samples.decode.push(DecodeSample { warmup, seconds: decode.seconds });
     Ok(())
 }
 

@@ -107,10 +107,6 @@ impl Client {
         }
     }
 
-    pub fn pid(&self) -> u32 {
-        self.process.pid()
-    }
-
     pub fn stderr_tail(&self) -> Vec<String> {
         self.process.stderr_tail()
     }

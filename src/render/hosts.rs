@@ -1,14 +1,14 @@
 //! The report of a merged record: a column for each host.
 
+use super::format::link;
+use super::prose;
+use super::report::{collapse_blank_lines, template_environment, write_file};
+use super::trace::{CellRef, Lines};
 use crate::compare::figure::Metric;
 use crate::decide::criteria::Criteria;
 use crate::decide::decide;
 use crate::decide::jobs::{Job, arrange};
 use crate::record::{self, CellRecord, Outcome, record_file};
-use crate::render::format::{gb, link, significant};
-use crate::render::prose;
-use crate::render::report::{collapse_blank_lines, template_environment, write_file};
-use crate::render::trace::{CellRef, Lines};
 use crate::stats::median_of_processes;
 use anyhow::Result;
 use minijinja::context;
@@ -68,7 +68,13 @@ pub fn is_merged(cells: &[CellRecord]) -> bool {
     cells.iter().any(|cell| cell.host.is_some())
 }
 
-pub fn report(cells: &[CellRecord], lines: &Lines, criteria: &Criteria) -> HostsReport {
+/// What the record of `run` says, by host.
+pub fn findings(run: &Path, criteria: &Criteria) -> Result<HostsReport> {
+    let file = record_file(run);
+    Ok(of_cells(&record::read(&file)?, &Lines::read(&file)?, criteria))
+}
+
+fn of_cells(cells: &[CellRecord], lines: &Lines, criteria: &Criteria) -> HostsReport {
     let mut names: Vec<String> = Vec::new();
     for cell in cells {
         let name = host_of(cell);
@@ -144,10 +150,7 @@ fn figure(metric: Metric, job: &Job, jobs: &[Job], lines: &Lines) -> Figure {
     };
     let refs = |cells: &mut dyn Iterator<Item = &CellRecord>| cells.map(|cell| lines.refer(cell)).collect();
     match median_of_processes(&metric.processes(own)).map(|cost| metric.turned(cost)) {
-        Some(value) => Figure {
-            text: if metric == Metric::PeakMemoryBytes { gb(value) } else { significant(value) },
-            cells: refs(&mut own.ok()),
-        },
+        Some(value) => Figure { text: metric.shown(value), cells: refs(&mut own.ok()) },
         None => Figure { text: own.outcomes(), cells: refs(&mut own.cells.iter().copied()) },
     }
 }
@@ -155,8 +158,7 @@ fn figure(metric: Metric, job: &Job, jobs: &[Job], lines: &Lines) -> Figure {
 /// Renders the report of a merged record. `link_prefix` leads from the report's folder to the record's.
 pub fn markdown(run: &Path, link_prefix: &str, criteria: &Criteria) -> Result<String> {
     let file = record_file(run);
-    let cells = record::read(&file)?;
-    let report = report(&cells, &Lines::read(&file)?, criteria);
+    let report = findings(&file, criteria)?;
     let mut environment = template_environment()?;
     environment.add_template(TEMPLATE_NAME, TEMPLATE)?;
     let name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
