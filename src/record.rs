@@ -272,10 +272,11 @@ pub struct RunLog {
 }
 
 impl RunLog {
-    /// Opens `cells.jsonl` in `dir` for appending. A line that a crash cut short is cut off.
+    /// Opens `cells.jsonl` in `dir` for appending. A line that a crash cut short is cut off; one that is whole but for its
+    /// end, as [`read`] takes it, gets that.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(CELLS_FILE);
-        drop_partial_line(&path).with_context(|| path.display().to_string())?;
+        mend_last_line(&path).with_context(|| path.display().to_string())?;
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let file = file.with_context(|| format!("{}: cannot be written", path.display()))?;
         Ok(Self { path, file })
@@ -290,16 +291,25 @@ impl RunLog {
     }
 }
 
-fn drop_partial_line(path: &Path) -> std::io::Result<()> {
+fn mend_last_line(path: &Path) -> std::io::Result<()> {
     let content = match std::fs::read(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         other => other?,
     };
     let whole = content.iter().rposition(|&b| b == b'\n').map_or(0, |i| i + 1);
-    if whole < content.len() {
-        OpenOptions::new().write(true).open(path)?.set_len(whole as u64)?;
+    let rest = &content[whole..];
+    if rest.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    if is_whole(rest) {
+        return OpenOptions::new().append(true).open(path)?.write_all(b"\n");
+    }
+    OpenOptions::new().write(true).open(path)?.set_len(whole as u64)
+}
+
+/// Whether a last line without its end is a row all the same: an editor may have left the end out.
+fn is_whole(line: &[u8]) -> bool {
+    serde_json::from_slice::<serde_json::Value>(line).is_ok()
 }
 
 /// The file that holds a run's record: `path` itself, or `cells.jsonl` in it.
@@ -328,9 +338,7 @@ pub fn read(path: &Path) -> Result<Vec<CellRecord>> {
         if bytes == 0 {
             break;
         }
-        // Whole, but for the end of its line: an editor may have left that out.
-        let is_cut_short = || serde_json::from_str::<serde_json::Value>(&line).is_err();
-        if !line.ends_with('\n') && is_cut_short() {
+        if !line.ends_with('\n') && !is_whole(line.as_bytes()) {
             break;
         }
         let place = || format!("{}: line {number}", file_path.display());

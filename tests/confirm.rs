@@ -61,7 +61,71 @@ fn a_slowness_that_does_not_show_again_is_no_regression() {
     assert_eq!(fresh, ["base-1", "base-2", "base-3", "head-1", "head-2", "head-3"]);
     assert_eq!(read(&out.join("head-3")).unwrap().len(), 1);
 
+    // Records of an earlier time are not fresh.
+    let again = compare(&["--confirm", "--rounds", "3", "--confirm-out", out.to_str().unwrap()]).code(2);
+    again.stderr(contains("fresh/base-1"));
+    // Nor are those of a build that measures nothing.
+    let nothing = compare(&["--confirm", "--rounds", "3", "--base-evalfw", "/bin/true"]).code(2);
+    nothing.stderr(contains("the base is run again by /bin/true"));
+
     compare(&["--confirm", "--rounds", "2"]).code(2).stderr(contains("at least 3"));
     std::fs::remove_file(head.join("run.json")).unwrap();
     compare(&["--confirm"]).code(2).stderr(contains("run.json").and(contains("the head")));
+}
+
+#[test]
+fn what_another_machine_recorded_is_not_confirmed_here() {
+    let workspace = Workspace::new();
+    let run = measured(&workspace);
+    let [base, head] = ["base", "head"].map(|name| workspace.path(name));
+    slowed(&run, 1.0, &base);
+    slowed(&run, 20.0, &head);
+    for record in [&base, &head] {
+        let file = record.join("cells.jsonl");
+        let mut cells = read(record).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        let mut log = RunLog::open(record).unwrap();
+        for cell in &mut cells {
+            cell.environment.cpu = "Cray-1".into();
+            log.append(cell).unwrap();
+        }
+    }
+    let mut compare = workspace.evalfw();
+    compare.arg("compare").args([&base, &head]).args(["--confirm", "--rounds", "3"]);
+    compare.assert().code(2).stderr(contains("CPU: Cray-1 and"));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_interrupted_confirmation_leaves_no_run_behind() {
+    use rustix::process::{Pid, Signal, kill_process};
+    let workspace = Workspace::new();
+    let base = measured(&workspace);
+    let head = workspace.path("head");
+    slowed(&base, 20.0, &head);
+    let out = workspace.path("fresh");
+    let mut compare = std::process::Command::new(assert_cmd::cargo::cargo_bin("evalfw"))
+        .envs(support::ALONE)
+        .env("EVALFW_CACHE", workspace.path("cache"))
+        .arg("compare")
+        .args([&base, &head])
+        .args(["--confirm", "--confirm-out"])
+        .arg(&out)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let began = || std::fs::read_dir(out.join("base-1/logs")).is_ok_and(|mut logs| logs.next().is_some());
+    while !began() {
+        assert!(compare.try_wait().unwrap().is_none(), "it ended before anything was run again");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let pid = Pid::from_raw(compare.id() as i32).unwrap();
+    let started = evalfw::measure::memory::process_tree(compare.id()).split_off(1);
+    kill_process(pid, Signal::INT).unwrap();
+    assert_eq!(compare.wait().unwrap().code(), Some(130));
+    let left: Vec<_> =
+        started.into_iter().filter(|pid| Path::new(&format!("/proc/{pid}")).exists()).collect();
+    assert!(left.is_empty(), "left behind: {left:?}");
+    assert!(!out.join("head-4").exists());
 }

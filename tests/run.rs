@@ -142,6 +142,18 @@ fn resuming_a_finished_run_changes_nothing() {
 }
 
 #[test]
+fn a_row_whose_line_has_no_end_is_kept_when_the_run_goes_on() {
+    let workspace = Workspace::new();
+    workspace.quick("candle-cpu").args(["--scenario", "load,infer"]).assert().success();
+    let run = workspace.runs().pop().unwrap();
+    let cells = run.join("cells.jsonl");
+    let before = fs::read_to_string(&cells).unwrap();
+    fs::write(&cells, before.trim_end()).unwrap();
+    workspace.evalfw().args(["run", "--resume"]).arg(&run).assert().success();
+    assert_eq!(fs::read_to_string(&cells).unwrap(), before);
+}
+
+#[test]
 fn a_run_is_not_resumed_with_other_weights() {
     let workspace = Workspace::new();
     workspace.quick("candle-cpu").args(["--scenario", "load"]).assert().success();

@@ -4,6 +4,7 @@ use crate::compare::confirm::{self, Side};
 use crate::compare::sameness::differences;
 use crate::compare::thresholds::Thresholds;
 use crate::compare::{Comparison, Verdict, bencher, compare, junit, present};
+use crate::interrupt;
 use crate::output::{note, print};
 use crate::record::{self, CellRecord, record_file, record_folder};
 use crate::render::format::list;
@@ -35,7 +36,7 @@ most of what three leave open. The threshold is for the cost: a rate that falls 
 With --confirm the jobs that are worse or undecided are run again on this machine, base and head in turn. A regression has
 to show in the fresh processes alone; what was undecided is decided by all processes together. A cell that failed is a regression if all of the base's ended ok. Losses are not compared.
 
-Exit codes: 0 no regression, 1 a regression, 3 inconclusive, 2 bad input.")]
+Exit codes: 0 no regression, 1 a regression, 3 inconclusive, 2 bad input, 130 interrupted.")]
 pub struct CompareArgs {
     /// A run's folder or its cells.jsonl; several with commas between
     base: String,
@@ -96,18 +97,17 @@ pub fn run(args: &CompareArgs) -> Result<ExitCode> {
     };
     let (base, head) = (read_side("base", &args.base)?, read_side("head", &args.head)?);
     let differences = differences(&base, &head);
-    if !differences.is_empty() && !args.allow_different {
-        bail!(
-            "the records differ in more than time: {} (--allow-different compares them all the same)",
-            differences.join("; ")
-        );
-    }
+    refuse_differences(args, &differences)?;
     if let Some(same) = on_both_sides(args) {
         bail!("{} is base and head: a record compared with itself says nothing", same.display());
     }
     let mut comparison = Comparison { differences, ..compare(&base, &head, &thresholds)? };
     if args.confirm {
-        comparison = confirmed(args, comparison, [&base, &head], &thresholds)?;
+        interrupt::install()?;
+        let Some(again) = confirmed(args, comparison, [&base, &head], &thresholds)? else {
+            return Ok(ExitCode::from(interrupt::EXIT_CODE));
+        };
+        comparison = again;
     }
     let format = if args.json { Format::Json } else { args.format };
     for (format, path) in &args.write {
@@ -125,6 +125,17 @@ pub fn run(args: &CompareArgs) -> Result<ExitCode> {
     })
 }
 
+/// Unless they were allowed.
+fn refuse_differences(args: &CompareArgs, differences: &[String]) -> Result<()> {
+    if !differences.is_empty() && !args.allow_different {
+        bail!(
+            "the records differ in more than time: {} (--allow-different compares them all the same)",
+            differences.join("; ")
+        );
+    }
+    Ok(())
+}
+
 fn on_both_sides(args: &CompareArgs) -> Option<PathBuf> {
     let files = |paths: &str| -> Vec<PathBuf> {
         let file = |path: &str| record_file(Path::new(path)).canonicalize().ok();
@@ -134,16 +145,16 @@ fn on_both_sides(args: &CompareArgs) -> Option<PathBuf> {
     files(&args.head).into_iter().find(|file| base.contains(file))
 }
 
-/// Runs again what is suspicious, if anything is.
+/// Runs again what is suspicious, if anything is. `None` if the user interrupted.
 fn confirmed(
     args: &CompareArgs,
     first: Comparison,
     [base, head]: [&[CellRecord]; 2],
     thresholds: &Thresholds,
-) -> Result<Comparison> {
+) -> Result<Option<Comparison>> {
     let jobs = confirm::suspicious(&first);
     if jobs.is_empty() {
-        return Ok(first);
+        return Ok(Some(first));
     }
     if args.rounds < thresholds.min_processes {
         bail!(
@@ -164,13 +175,21 @@ fn confirmed(
         args.rounds,
         list(&jobs.iter().cloned().collect::<Vec<_>>())
     ));
-    let [mut fresh_base, mut fresh_head] = confirm::rerun([&sides[0], &sides[1]], &jobs, args.rounds, &out)?;
+    let Some([mut fresh_base, mut fresh_head]) =
+        confirm::rerun([&sides[0], &sides[1]], &jobs, args.rounds, &out)?
+    else {
+        note(&format!("interrupted; what was run again until then is in {}", out.display()));
+        return Ok(None);
+    };
+    for (recorded, fresh) in [(base, &fresh_base), (head, &fresh_head)] {
+        refuse_differences(args, &differences(recorded, fresh))?;
+    }
     let fresh = compare(&fresh_base, &fresh_head, thresholds)?;
     fresh_base.extend_from_slice(base);
     fresh_head.extend_from_slice(head);
     let all = compare(&fresh_base, &fresh_head, thresholds)?;
     note(&format!("the fresh records are in {}", out.display()));
-    Ok(confirm::decided(first, &fresh, &all))
+    Ok(Some(confirm::decided(first, &fresh, &all)))
 }
 
 /// A folder of its own, so that reruns are never mistaken for runs.

@@ -142,6 +142,7 @@ fn resumed_settings(args: &RunArgs, folder: &Path) -> Result<Settings> {
     for engine in &settings.engines {
         engines::find(engine)?;
     }
+    check_threads(settings.workers.threads).with_context(|| folder.join("run.json").display().to_string())?;
     settings.no_limits |= args.no_limits;
     settings.repeat_disturbed = args.repeat_disturbed.unwrap_or(settings.repeat_disturbed);
     settings.suite.check().with_context(|| folder.join("run.json").display().to_string())?;

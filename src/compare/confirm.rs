@@ -2,12 +2,14 @@
 
 use super::{Comparison, Row, Verdict};
 use crate::decide::jobs::arrange;
+use crate::interrupt;
 use crate::record::{self, CELLS_FILE, CellRecord, record_folder};
 use crate::run::settings::Settings;
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 /// One side of what is run again.
 pub struct Side {
@@ -24,13 +26,14 @@ pub fn suspicious(comparison: &Comparison) -> BTreeSet<String> {
     comparison.rows.iter().filter(doubtful).map(|row| row.job.clone()).collect()
 }
 
-/// Fresh cells of the base and of the head, of these jobs: so many processes of each, in turn from either side.
+/// Fresh cells of the base and of the head, of these jobs: so many processes of each, in turn from either side. `None` if
+/// the user interrupted.
 pub fn rerun(
     [base, head]: [&Side; 2],
     jobs: &BTreeSet<String>,
     rounds: usize,
     out: &Path,
-) -> Result<[Vec<CellRecord>; 2]> {
+) -> Result<Option<[Vec<CellRecord>; 2]>> {
     let settings = [settings(base, jobs)?, settings(head, jobs)?];
     let mut fresh = [Vec::new(), Vec::new()];
     for round in 0..rounds {
@@ -38,11 +41,13 @@ pub fn rerun(
         let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
         for side in order {
             let folder = out.join(format!("{}-{}", [base, head][side].name, round + 1));
-            let cells = run_once([base, head][side], &settings[side], &folder)?;
+            let Some(cells) = run_once([base, head][side], &settings[side], &folder)? else {
+                return Ok(None);
+            };
             fresh[side].extend(cells.into_iter().filter(|cell| jobs.contains(&job_name(cell))));
         }
     }
-    Ok(fresh)
+    Ok(Some(fresh))
 }
 
 /// Of the first comparison what was sure, of what was run again the new verdict. A regression has to show in the fresh
@@ -106,15 +111,40 @@ fn settings(side: &Side, jobs: &BTreeSet<String>) -> Result<Settings> {
     Ok(settings)
 }
 
-fn run_once(side: &Side, settings: &Settings, folder: &Path) -> Result<Vec<CellRecord>> {
-    std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot be written", folder.display()))?;
+/// `None` if the user interrupted.
+fn run_once(side: &Side, settings: &Settings, folder: &Path) -> Result<Option<Vec<CellRecord>>> {
+    let place = || format!("{}: cannot be written", folder.display());
+    std::fs::create_dir_all(folder.parent().unwrap_or(Path::new(""))).with_context(place)?;
+    // What is there already was measured for another question.
+    std::fs::create_dir(folder).with_context(place)?;
     settings.write(folder)?;
     let mut command = Command::new(&side.program);
-    command.args(["run", "--resume"]).arg(folder).stdout(std::process::Stdio::null());
-    let status = command.status().with_context(|| format!("{}: cannot be run", side.program.display()))?;
+    command.args(["run", "--resume"]).arg(folder).stdout(Stdio::null());
+    let program = || format!("the {} is run again by {}", side.name, side.program.display());
+    let status = wait(command.spawn().with_context(program)?).with_context(program)?;
+    if interrupt::requested() || status.code() == Some(interrupt::EXIT_CODE.into()) {
+        return Ok(None);
+    }
     // 1: a cell failed, which is for the comparison to judge.
     if !matches!(status.code(), Some(0 | 1)) {
-        bail!("the {} could not be run again: {} ended with {status}", side.name, side.program.display());
+        bail!("{}, which ended with {status}", program());
     }
-    record::read(folder)
+    record::read(folder).with_context(program).map(Some)
 }
+
+/// Waits for the run, and hands Ctrl-C on to it: it ends its cell and its worker itself.
+fn wait(mut run: Child) -> std::io::Result<ExitStatus> {
+    let mut told = false;
+    loop {
+        if let Some(status) = run.try_wait()? {
+            return Ok(status);
+        }
+        if interrupt::requested() && !told {
+            told = true;
+            interrupt::pass_on(&mut run)?;
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+const POLL: Duration = Duration::from_millis(50);

@@ -8,12 +8,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Lines of standard error that go into the record.
 const STDERR_TAIL: usize = 20;
 /// A reply is one line; a longer one is garbage. The largest real reply is a few hundred kB of timings.
 const MAX_LINE: u64 = 64 << 20;
+
+/// How long the reader of standard error may take to come to the end.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// How to start a worker.
 #[derive(Debug, Clone)]
@@ -55,6 +59,7 @@ pub struct Process {
     has_far_end: bool,
     lines: Receiver<Line>,
     stderr: Arc<Mutex<VecDeque<String>>>,
+    stderr_reader: Option<JoinHandle<()>>,
     ended: Option<ExitStatus>,
 }
 
@@ -91,11 +96,11 @@ impl Process {
         std::thread::spawn(move || read_lines(stdout, &sender));
         let tail = Arc::new(Mutex::new(VecDeque::new()));
         let shared = Arc::clone(&tail);
-        if let Some(stderr) = child.stderr.take() {
-            std::thread::spawn(move || copy_stderr(stderr, log, &shared));
-        }
+        let stderr = child.stderr.take();
+        let stderr_reader =
+            stderr.map(|stderr| std::thread::spawn(move || copy_stderr(stderr, log, &shared)));
         let has_far_end = command.agent;
-        Ok(Self { child, stdin: Some(stdin), has_far_end, lines, stderr: tail, ended: None })
+        Ok(Self { child, stdin: Some(stdin), has_far_end, lines, stderr: tail, stderr_reader, ended: None })
     }
 
     pub fn pid(&self) -> u32 {
@@ -134,8 +139,14 @@ impl Process {
         }
     }
 
-    /// The last lines of standard error.
+    /// The last lines of standard error. Of a process that has ended its last words are waited for; something that it
+    /// started may hold the pipe open, and is not.
     pub fn stderr_tail(&self) -> Vec<String> {
+        let deadline = Instant::now() + LAST_WORDS;
+        let is_reading = || self.stderr_reader.as_ref().is_some_and(|reader| !reader.is_finished());
+        while self.ended.is_some() && is_reading() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         lock(&self.stderr).iter().cloned().collect()
     }
 }
