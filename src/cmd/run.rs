@@ -27,7 +27,7 @@ Examples:
   evalfw run --suite quick --model tiny
   evalfw run --engine candle-cpu,burn-flex --scenario train --model Qwen/Qwen2.5-Coder-0.5B-Instruct
   evalfw run --suite default --scenario train --repetitions 6      enough to compare commits with
-  evalfw run --launcher 'srun -n1 --exclusive' --suite large       every cell is a job of a cluster
+  evalfw run --launcher 'srun -n1 --unbuffered' --suite large      every cell is a job of a cluster
   evalfw run --resume results/20261123-101500-default
 
 With --launcher the paths of this program, of the model and of the temporary folder (TMPDIR) must be the same on the
@@ -75,7 +75,7 @@ pub struct RunArgs {
     /// Do not measure what the machine can do at best
     #[arg(long, env = "EVALFW_NO_LIMITS")]
     no_limits: bool,
-    /// Start workers through another command, such as `srun -n1`, `ssh host` or `docker run -i image`
+    /// Start workers through another command, such as `srun -n1 --unbuffered`, `ssh host` or `docker run -i image`
     #[arg(long, value_name = "CMD")]
     launcher: Option<String>,
     /// evalfw on the worker's side [default: at the same path as here]

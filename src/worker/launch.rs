@@ -29,7 +29,7 @@ pub struct Launcher {
 pub enum LauncherError {
     #[error("--launcher {text:?}: {problem}")]
     Quotes { text: String, problem: shell_words::ParseError },
-    #[error("--launcher is empty; e.g. `--launcher 'srun -n1'`")]
+    #[error("--launcher is empty; e.g. `--launcher 'srun -n1 --unbuffered'`")]
     Empty,
 }
 

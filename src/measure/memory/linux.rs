@@ -177,7 +177,6 @@ fn field(text: &str, name: &str) -> Option<u64> {
 
 /// A control group of version 2 that accounts for memory.
 struct Cgroup {
-    group: String,
     peak: File,
     since_start: bool,
 }
@@ -186,14 +185,14 @@ impl Cgroup {
     /// `None` where there is none but the whole machine's.
     fn of(pid: u32, proc: &Path, root: &Path) -> Option<Self> {
         let groups = fs::read_to_string(proc.join(pid.to_string()).join("cgroup")).ok()?;
-        let group = groups.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned();
+        let group = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
         let path: PathBuf = root.join(group.trim_start_matches('/')).join("memory.peak");
         // Since Linux 6.12 a write makes what is read from the same open file begin anew.
         let writable = OpenOptions::new().read(true).write(true).open(&path).ok();
         let reset = writable.and_then(|mut file| file.write_all(b"reset\n").ok().map(|()| file));
         let since_start = reset.is_some();
         let peak = reset.or_else(|| File::open(&path).ok())?;
-        Some(Self { group, peak, since_start })
+        Some(Self { peak, since_start })
     }
 
     fn peak(&mut self) -> Option<CgroupPeak> {
@@ -201,7 +200,7 @@ impl Cgroup {
         self.peak.rewind().ok()?;
         self.peak.read_to_string(&mut text).ok()?;
         let bytes = text.trim().parse().ok()?;
-        Some(CgroupPeak { group: self.group.clone(), bytes, since_start: self.since_start })
+        Some(CgroupPeak { bytes, since_start: self.since_start })
     }
 }
 
@@ -225,7 +224,7 @@ mod tests {
         let mut cgroup = Cgroup::of(7, &proc, &groups).unwrap();
         // Root may write to a read-only file, which then is no kernel's.
         if !cgroup.since_start {
-            let expected = CgroupPeak { group: "/job/one".into(), bytes: 123_456_789, since_start: false };
+            let expected = CgroupPeak { bytes: 123_456_789, since_start: false };
             assert_eq!(cgroup.peak(), Some(expected));
         }
         assert!(Cgroup::of(8, &proc, &groups).is_none(), "no such process");

@@ -88,7 +88,6 @@ pub struct GpuMemory {
 /// The peak of the worker's control group, page cache and neighbours in it included: a bound, no more.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CgroupPeak {
-    pub group: String,
     pub bytes: u64,
     /// Since the worker started; else since the group was made.
     pub since_start: bool,
