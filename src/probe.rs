@@ -2,7 +2,7 @@
 //! down and not the harness.
 
 use crate::record::Outcome;
-use crate::worker::{Client, Failure, Workers};
+use crate::worker::{Client, Failure, Launcher, Workers};
 use evalfw_engine::protocol::EngineInfo;
 use serde::Serialize;
 use std::time::Duration;
@@ -30,11 +30,11 @@ pub struct Reason {
 pub fn probe(engine: &str, workers: &Workers) -> Availability {
     let command = match workers.of_engine(engine) {
         Ok(command) => command,
-        Err(error) => return unavailable(Failure::Start(error), Vec::new()),
+        Err(error) => return unavailable(Failure::Start(error), Vec::new(), workers),
     };
     let mut client = match Client::start(&command, None, TIMEOUT) {
         Ok(client) => client,
-        Err(failure) => return unavailable(failure, Vec::new()),
+        Err(failure) => return unavailable(failure, Vec::new(), workers),
     };
     match client.hello() {
         Ok(info) => {
@@ -42,16 +42,29 @@ pub fn probe(engine: &str, workers: &Workers) -> Availability {
             let _ = client.finish();
             Availability::Available(Box::new(info))
         }
-        Err(failure) => unavailable(failure, client.stderr_tail()),
+        Err(failure) => unavailable(failure, client.stderr_tail(), workers),
     }
 }
 
-fn unavailable(failure: Failure, stderr_tail: Vec<String>) -> Availability {
+fn unavailable(failure: Failure, stderr_tail: Vec<String>, workers: &Workers) -> Availability {
     let error = failure.record("hello", stderr_tail);
     Availability::Unavailable(Reason {
         outcome: failure.outcome(),
         reason: error.message,
-        advice: error.advice,
+        advice: error.advice.or_else(|| launchers_part(&failure, workers.launcher.as_ref()?)),
         stderr_tail: error.stderr_tail,
     })
+}
+
+/// What to do where the launcher rather than the engine is to blame.
+fn launchers_part(failure: &Failure, launcher: &Launcher) -> Option<String> {
+    match failure {
+        Failure::Start(_) => Some(format!("is --launcher {:?} right?", launcher.text)),
+        Failure::Protocol(_) => Some(format!(
+            "through {:?} standard output has to be the worker's alone: what a launcher or a login shell says belongs \
+             on standard error",
+            launcher.text
+        )),
+        _ => None,
+    }
 }

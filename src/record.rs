@@ -359,7 +359,13 @@ pub fn read(path: &Path) -> Result<Vec<CellRecord>> {
         // Names the field, which the error of a large row does not.
         let record: CellRecord = serde_path_to_error::deserialize(&mut json).with_context(place)?;
         check_times(&record).with_context(place)?;
+        check_facts(&record).with_context(place)?;
         match records.iter_mut().find(|r| r.cell == record.cell) {
+            Some(earlier) if !is_same_cell(earlier, &record) => bail!(
+                "{}: cell is {:?} as of a row before, which has another engine, scenario, model or repetition",
+                place(),
+                record.cell
+            ),
             Some(earlier) => *earlier = record,
             None => records.push(record),
         }
@@ -407,6 +413,37 @@ fn check_times(record: &CellRecord) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// No machine has so much: such a figure was never measured.
+const MOST_BYTES: u64 = 1 << 50;
+
+/// Refuses what no run writes, before it is shown as measured.
+fn check_facts(record: &CellRecord) -> Result<()> {
+    if record.started_at.parse::<jiff::Timestamp>().is_err() {
+        bail!("started_at is {:?} (a time as in 2026-01-31T12:00:00Z)", record.started_at);
+    }
+    if !(record.wall_seconds.is_finite() && record.wall_seconds >= 0.0) {
+        bail!("wall_seconds is {} (a time is finite and not negative)", record.wall_seconds);
+    }
+    let phases = record.samples.phases.iter().map(|phase| phase.peak_bytes);
+    if let Some(bytes) = record.peak_memory_bytes.into_iter().chain(phases).find(|&bytes| bytes > MOST_BYTES)
+    {
+        bail!("a peak memory is {bytes} bytes (more than any machine has)");
+    }
+    match (record.outcome, &record.error) {
+        (Outcome::Ok, Some(error)) => bail!("outcome is ok beside the error {:?}", error.message),
+        _ => Ok(()),
+    }
+}
+
+/// Whether the later row may stand for the earlier one.
+fn is_same_cell(earlier: &CellRecord, later: &CellRecord) -> bool {
+    let of = |cell: &CellRecord| {
+        let (engine, scenario, model) = (cell.engine.clone(), cell.scenario.clone(), cell.model.name.clone());
+        (engine, scenario, model, cell.quantization, cell.repetition)
+    };
+    of(earlier) == of(later)
 }
 
 #[derive(Deserialize)]

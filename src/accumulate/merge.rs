@@ -25,15 +25,22 @@ pub fn merged(parts: Vec<Part>) -> Result<Vec<CellRecord>> {
                 (None, Some(host)) => host.clone(),
                 (None, None) => named(&mut hosts, &cell.environment),
             };
-            if host.trim().is_empty() || host.contains('/') {
-                bail!("the host {host:?} cannot be a column: a name is not empty and has no slash");
+            if host.trim().is_empty() || host.contains('/') || host.contains(char::is_control) {
+                bail!(
+                    "the host {host:?} cannot be a column: a name is not empty and has no slash and no control \
+                     characters"
+                );
             }
             let own = cell.cell.strip_prefix(&format!("{host}/")).unwrap_or(&cell.cell);
             let name = format!("{host}/{own}");
             cell.cell = free_name(&name, &all)?;
             cell.host = Some(host);
             if all.iter().any(|known| is_same_row(known, &cell)) {
-                bail!("{} of {} is there twice: a record was named twice", cell.cell, cell.started_at);
+                bail!(
+                    "{} of {} is there twice: a record, or a copy of it, was named twice",
+                    cell.cell,
+                    cell.started_at
+                );
             }
             all.push(cell);
         }
@@ -43,7 +50,7 @@ pub fn merged(parts: Vec<Part>) -> Result<Vec<CellRecord>> {
 
 /// The same process, whatever the cell is called.
 fn is_same_row(a: &CellRecord, b: &CellRecord) -> bool {
-    let unnamed = |cell: &CellRecord| CellRecord { cell: String::new(), ..cell.clone() };
+    let unnamed = |cell: &CellRecord| CellRecord { cell: String::new(), host: None, ..cell.clone() };
     a.started_at == b.started_at && unnamed(a) == unnamed(b)
 }
 

@@ -6,7 +6,7 @@ use crate::compare::thresholds::Thresholds;
 use crate::compare::{Comparison, Verdict, bencher, compare, junit, present};
 use crate::interrupt;
 use crate::output::{note, print};
-use crate::record::{self, CellRecord, record_file, record_folder};
+use crate::record::{self, CellRecord, record_folder};
 use crate::render::format::list;
 use crate::render::report::write_file;
 use anyhow::{Context, Result, bail};
@@ -98,9 +98,14 @@ pub fn run(args: &CompareArgs) -> Result<ExitCode> {
     let (base, head) = (read_side("base", &args.base)?, read_side("head", &args.head)?);
     let differences = differences(&base, &head);
     refuse_differences(args, &differences)?;
-    if let Some(same) = on_both_sides(args) {
-        bail!("{} is base and head: a record compared with itself says nothing", same.display());
+    if let Some(same) = base.iter().find(|cell| head.contains(cell)) {
+        bail!(
+            "{} of {} is in base and head: a record compared with itself, or with a copy of it, says nothing",
+            same.cell,
+            same.started_at
+        );
     }
+    check_targets(args)?;
     let mut comparison = Comparison { differences, ..compare(&base, &head, &thresholds)? };
     if args.confirm {
         interrupt::install()?;
@@ -136,13 +141,13 @@ fn refuse_differences(args: &CompareArgs, differences: &[String]) -> Result<()> 
     Ok(())
 }
 
-fn on_both_sides(args: &CompareArgs) -> Option<PathBuf> {
-    let files = |paths: &str| -> Vec<PathBuf> {
-        let file = |path: &str| record_file(Path::new(path)).canonicalize().ok();
-        paths.split(',').filter_map(file).collect()
-    };
-    let base = files(&args.base);
-    files(&args.head).into_iter().find(|file| base.contains(file))
+/// What is written last would replace what was written first.
+fn check_targets(args: &CompareArgs) -> Result<()> {
+    let paths: Vec<&PathBuf> = args.write.iter().map(|(_, path)| path).collect();
+    match paths.iter().enumerate().find(|(i, path)| paths[..*i].contains(path)) {
+        Some((_, twice)) => bail!("--write: {} is named twice", twice.display()),
+        None => Ok(()),
+    }
 }
 
 /// Runs again what is suspicious, if anything is. `None` if the user interrupted.
@@ -170,6 +175,7 @@ fn confirmed(
     };
     let sides = [side("base", &args.base, &args.base_evalfw)?, side("head", &args.head, &args.head_evalfw)?];
     let out = args.confirm_out.clone().unwrap_or_else(|| beside(&sides[1].record));
+    sides.iter().try_for_each(confirm::check)?;
     note(&format!(
         "running again, {} times a side: {}",
         args.rounds,

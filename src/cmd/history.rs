@@ -3,6 +3,7 @@
 use crate::accumulate::history::{Filter, Trend, charts, read, trends};
 use crate::compare::figure::Metric;
 use crate::output::{note, print};
+use crate::record::CELLS_FILE;
 use crate::render::format::harmless;
 use crate::render::report::write_file;
 use crate::render::terminal;
@@ -49,7 +50,13 @@ pub struct HistoryArgs {
 pub fn run(args: &HistoryArgs) -> Result<ExitCode> {
     let runs = read(&args.folder, &mut |line| note(line))?;
     if runs.is_empty() {
-        bail!("{}: holds no run (a run's folder has a cells.jsonl)", args.folder.display());
+        let itself = args.folder.join(CELLS_FILE).is_file();
+        let hint = if itself {
+            "it is a run itself: name the folder it lies in"
+        } else {
+            "a run's folder has a cells.jsonl"
+        };
+        bail!("{}: holds no run ({hint})", args.folder.display());
     }
     let filter =
         Filter { engines: args.engine.clone(), models: args.model.clone(), scenarios: args.scenario.clone() };

@@ -5,7 +5,7 @@ use crate::model::cache_dir;
 use crate::output::print;
 use crate::render::format::significant;
 use crate::render::terminal;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -29,7 +29,8 @@ pub struct LimitsArgs {
 
 pub fn run(args: &LimitsArgs) -> Result<ExitCode> {
     let folder = match &args.folder {
-        Some(folder) => folder.clone(),
+        Some(folder) if folder.is_dir() => folder.clone(),
+        Some(folder) => bail!("--folder {}: is not a folder", folder.display()),
         None => cache_dir()?,
     };
     let limits = HostLimits::measure(&folder)?;

@@ -6,7 +6,7 @@ use crate::decide::criteria::Criteria;
 use crate::engines;
 use crate::interrupt;
 use crate::output::{note, print};
-use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog};
+use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog, record_folder};
 use crate::render;
 use crate::run::cell::WorkerExecutor;
 use crate::run::execute;
@@ -92,9 +92,13 @@ pub struct RunArgs {
 pub fn run(args: &RunArgs) -> Result<ExitCode> {
     interrupt::install()?;
     let (settings, resumed) = match &args.resume {
-        Some(folder) => (resumed_settings(args, folder)?, Some(folder.as_path())),
+        Some(run) => {
+            let folder = record_folder(run);
+            (resumed_settings(args, &folder)?, Some(folder))
+        }
         None => (settings(args)?, None),
     };
+    let resumed = resumed.as_deref();
     let data = match &settings.data {
         Some(folder) => Dataset::read(folder)?,
         None => Dataset::built_in()?,
@@ -139,14 +143,19 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
 /// `run.json` may have been edited by hand.
 fn resumed_settings(args: &RunArgs, folder: &Path) -> Result<Settings> {
     let mut settings = Settings::read(folder)?;
-    for engine in &settings.engines {
-        engines::find(engine)?;
-    }
-    check_threads(settings.workers.threads).with_context(|| folder.join("run.json").display().to_string())?;
     settings.no_limits |= args.no_limits;
     settings.repeat_disturbed = args.repeat_disturbed.unwrap_or(settings.repeat_disturbed);
-    settings.suite.check().with_context(|| folder.join("run.json").display().to_string())?;
+    check(&settings).with_context(|| folder.join("run.json").display().to_string())?;
     Ok(settings)
+}
+
+fn check(settings: &Settings) -> Result<()> {
+    if settings.engines.is_empty() {
+        bail!("engines is empty");
+    }
+    settings.engines.iter().try_for_each(|engine| engines::find(engine).map(drop))?;
+    check_threads(settings.workers.threads)?;
+    settings.suite.check()
 }
 
 fn settings(args: &RunArgs) -> Result<Settings> {
@@ -159,10 +168,8 @@ fn settings(args: &RunArgs) -> Result<Settings> {
     let only = (!args.scenario.is_empty()).then_some(args.scenario.as_slice());
     let mut suite = library.suite(&args.suite, only)?;
     if let Some(repetitions) = args.repetitions {
-        if repetitions == 0 {
-            bail!("--repetitions 0: at least one process is needed");
-        }
         suite.cells.iter_mut().for_each(|cell| cell.repetitions = repetitions);
+        suite.check().context("--repetitions")?;
     }
     if let Some(model) = &args.model {
         check_model_is_used(model, &suite)?;

@@ -85,11 +85,20 @@ fn job_name(cell: &CellRecord) -> String {
     arrange(std::slice::from_ref(cell)).iter().map(super::name).next().unwrap_or_default()
 }
 
+/// Whether the side can be run again.
+pub fn check(side: &Side) -> Result<()> {
+    recorded_settings(side).map(drop)
+}
+
+fn recorded_settings(side: &Side) -> Result<Settings> {
+    Settings::read(&record_folder(&side.record)).with_context(|| {
+        format!("the {} cannot be run again: its folder needs run.json beside {CELLS_FILE}", side.name)
+    })
+}
+
 /// What the side's run was told, cut down to these jobs.
 fn settings(side: &Side, jobs: &BTreeSet<String>) -> Result<Settings> {
-    let mut settings = Settings::read(&record_folder(&side.record)).with_context(|| {
-        format!("the {} cannot be run again: its folder needs run.json beside {CELLS_FILE}", side.name)
-    })?;
+    let mut settings = recorded_settings(side)?;
     let cells = record::read(&side.record)?;
     let wanted: Vec<&CellRecord> = cells.iter().filter(|cell| jobs.contains(&job_name(cell))).collect();
     settings.suite.cells.retain(|cell| {

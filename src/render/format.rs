@@ -1,5 +1,6 @@
 //! Numbers and foreign text as the report prints them.
 
+use crate::output::steers_a_terminal;
 use minijinja::Environment;
 
 /// Characters that mean something in Markdown, wherever they stand in a line.
@@ -75,11 +76,7 @@ fn distance(value: f64) -> String {
 
 /// Names and messages come from files: on one line, without what steers a terminal or turns the direction of text.
 pub fn harmless(text: &str) -> String {
-    let steers = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-            || matches!(c, '\u{fffe}' | '\u{ffff}')
-    };
+    let steers = |c: char| c == '\n' || steers_a_terminal(c) || matches!(c, '\u{fffe}' | '\u{ffff}');
     let plain: String = text.chars().map(|c| if steers(c) { ' ' } else { c }).collect();
     plain.split_whitespace().collect::<Vec<_>>().join(" ")
 }

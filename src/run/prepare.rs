@@ -19,6 +19,8 @@ use crate::worker::Workers;
 use anyhow::{Result, bail};
 use evalfw_engine::protocol::{Adapters, DeviceKind, EngineInfo, Quantization};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::mpsc;
+use std::time::Duration;
 
 pub struct Prepared {
     pub context: RunContext,
@@ -46,7 +48,12 @@ pub fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Resu
         return Ok(None);
     };
     if available.is_empty() {
-        bail!("none of the engines can run here; `evalfw engines` says what is missing");
+        match &settings.workers.launcher {
+            Some(launcher) => {
+                bail!("no engine could be started through --launcher; try it by hand: {}", launcher.trial())
+            }
+            None => bail!("none of the engines can run here; `evalfw engines` says what is missing"),
+        }
     }
 
     let mut notify = |line: &str| progress.say(line);
@@ -125,7 +132,7 @@ struct Probed {
 fn probe_all(wanted: &[String], workers: &Workers, progress: &Progress) -> Option<Probed> {
     let mut probed = Probed { available: Vec::new(), missing: Vec::new() };
     for engine in wanted {
-        let availability = probe(engine, workers);
+        let availability = saying_what_is_waited_for(workers, progress, || probe(engine, workers));
         if interrupt::requested() {
             return None;
         }
@@ -147,6 +154,25 @@ fn probe_all(wanted: &[String], workers: &Workers, progress: &Progress) -> Optio
     }
     Some(probed)
 }
+
+/// A scheduler may let a worker wait long for its turn, in which nothing else is to be seen.
+fn saying_what_is_waited_for<T>(workers: &Workers, progress: &Progress, work: impl FnOnce() -> T) -> T {
+    let Some(launcher) = &workers.launcher else { return work() };
+    std::thread::scope(|scope| {
+        let (ended, end) = mpsc::channel::<()>();
+        scope.spawn(move || {
+            if end.recv_timeout(SILENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                progress.say(&format!("waiting for `{}` to start the worker", launcher.text));
+            }
+        });
+        let done = work();
+        drop(ended);
+        done
+    })
+}
+
+/// After so long a person wonders.
+const SILENCE: Duration = Duration::from_secs(5);
 
 fn no_such_form(quantization: Quantization, forms: &[Quantization]) -> Reason {
     let names: Vec<_> = forms.iter().map(|form| format!("`{}`", quantization_name(*form))).collect();

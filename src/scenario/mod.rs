@@ -320,14 +320,17 @@ impl Suite {
     /// Checks what the types cannot say.
     pub fn check(&self) -> Result<()> {
         for cell in &self.cells {
-            if cell.repetitions == 0 {
-                bail!("repetitions must be at least 1");
+            if !(1..=MAX_REPETITIONS).contains(&cell.repetitions) {
+                bail!("repetitions is {}: 1 to {MAX_REPETITIONS}", cell.repetitions);
             }
             cell.scenario.check()?;
         }
         check_distinct(&self.cells)
     }
 }
+
+/// Each is a process of some seconds at least.
+const MAX_REPETITIONS: u32 = 1000;
 
 /// Cells are told apart by their label, which names the parameters that people vary, by how the base is stored and
 /// by whose kernels run.

@@ -44,6 +44,13 @@ impl Launcher {
         Ok(Self { text: text.to_owned(), words, program })
     }
 
+    /// What a person types to see whether it works.
+    pub fn trial(&self) -> String {
+        let program = self.program.clone().or_else(|| std::env::current_exe().ok());
+        let program = program.map_or_else(|| "evalfw".to_owned(), |program| program.display().to_string());
+        format!("{} {} engines", self.text, shell_words::quote(&program))
+    }
+
     /// evalfw with these arguments, on the worker's side.
     pub fn command(&self, arguments: &[&str]) -> std::io::Result<(PathBuf, Vec<OsString>)> {
         let program = match &self.program {
