@@ -3,6 +3,7 @@
 //! the protocol of [`evalfw_engine`].
 
 pub mod accumulate;
+pub mod adoption;
 pub mod cli;
 pub mod cmd;
 pub mod compare;

@@ -3,16 +3,18 @@
 //! Reports are rendered from this file alone, so that a row holds everything a reader may ask about a
 //! figure: every sample, the definition's parameters, who ran where.
 
+use crate::adoption::Adoption;
 use crate::measure::host::Environment;
 use crate::measure::limits::Limits;
 use crate::measure::memory::{CgroupPeak, GpuMemory, MemoryPoint, PhaseMemory, SamplerCost};
 use crate::measure::watch::{Observations, Surroundings};
+use crate::output::note;
 use crate::scenario::Scenario;
 use anyhow::{Context, Result, bail};
 use evalfw_engine::config::ModelConfig;
 use evalfw_engine::protocol::{DeviceInfo, DeviceMemory, LoadTimes, Quantization, Tuning};
 use serde::{Deserialize, Serialize};
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
@@ -63,6 +65,9 @@ pub struct CellRecord {
     /// What the machine can do at best; `None` if that was not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
+    /// What it took to adopt the framework; `None` if that was not measured of this build.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adoption: Option<Adoption>,
     /// What the worker was started through, e.g. `srun -n1`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub launcher: Option<String>,
@@ -88,6 +93,14 @@ pub struct ModelRecord {
     /// Its shape, from which the work of a step and the bytes of a token follow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<ModelConfig>,
+}
+
+impl CellRecord {
+    /// Whether both rows are of the same process, under whatever name and host a merged record has it.
+    pub fn is_same_process(&self, other: &Self) -> bool {
+        let unnamed = |cell: &Self| Self { cell: String::new(), host: None, ..cell.clone() };
+        self.started_at == other.started_at && unnamed(self) == unnamed(other)
+    }
 }
 
 impl ModelRecord {
@@ -152,7 +165,7 @@ pub struct Samples {
     pub phases: Vec<PhaseMemory>,
     /// Memory of the process tree over time, thinned to a bounded number of points.
     pub memory: Vec<MemoryPoint>,
-    /// What the bytes of `phases` and `memory` are: `pss`, `phys_footprint`, `working_set` or `resident`.
+    /// What the bytes of `phases` and `memory` are: `tree`, `pss`, `phys_footprint`, `working_set` or `resident`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_measure: Option<String>,
     /// What the NVIDIA driver tells of its GPUs.
@@ -279,6 +292,11 @@ impl RunLog {
         mend_last_line(&path).with_context(|| path.display().to_string())?;
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let file = file.with_context(|| format!("{}: cannot be written", path.display()))?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => bail!("{}: another evalfw is writing this run", path.display()),
+            // Not every file system has locks.
+            Ok(()) | Err(TryLockError::Error(_)) => {}
+        }
         Ok(Self { path, file })
     }
 
@@ -338,10 +356,11 @@ pub fn read(path: &Path) -> Result<Vec<CellRecord>> {
         if bytes == 0 {
             break;
         }
+        let place = || format!("{}: line {number}", file_path.display());
         if !line.ends_with('\n') && !is_whole(line.as_bytes()) {
+            note(&format!("{} is cut off and left out: the run was interrupted there", place()));
             break;
         }
-        let place = || format!("{}: line {number}", file_path.display());
         if line.trim().is_empty() {
             continue;
         }
@@ -354,6 +373,13 @@ pub fn read(path: &Path) -> Result<Vec<CellRecord>> {
                 place()
             ),
             older => bail!("{}: schema {older} (this evalfw reads {OLDEST_SCHEMA} to {SCHEMA})", place()),
+        }
+        if !is_whole(line.as_bytes()) {
+            bail!(
+                "{} is no row of a record: it was cut or edited. Without that line the rest can be read, and `evalfw run \
+                 --resume` makes the cell again",
+                place()
+            );
         }
         let mut json = serde_json::Deserializer::from_str(&line);
         // Names the field, which the error of a large row does not.
@@ -427,9 +453,12 @@ fn check_facts(record: &CellRecord) -> Result<()> {
         bail!("wall_seconds is {} (a time is finite and not negative)", record.wall_seconds);
     }
     let phases = record.samples.phases.iter().map(|phase| phase.peak_bytes);
+    if record.outcome == Outcome::Ok && record.peak_memory_bytes == Some(0) {
+        bail!("peak_memory_bytes is 0 (no process has none)");
+    }
     if let Some(bytes) = record.peak_memory_bytes.into_iter().chain(phases).find(|&bytes| bytes > MOST_BYTES)
     {
-        bail!("a peak memory is {bytes} bytes (more than any machine has)");
+        bail!("peak_memory_bytes, or a peak of samples.phases, is {bytes} (more than any machine has)");
     }
     match (record.outcome, &record.error) {
         (Outcome::Ok, Some(error)) => bail!("outcome is ok beside the error {:?}", error.message),

@@ -68,7 +68,12 @@ fn compare(base: &Path, head: &Path, options: &[&str]) -> Assert {
 
 fn compared(base: &[CellRecord], head: &[CellRecord], options: &[&str]) -> Assert {
     let folder = Folder::new();
-    compare(&folder.record("base", base), &folder.record("head", head), options)
+    let a_day_later = |cell: &CellRecord| {
+        let started_at = cell.started_at.replace("2025-06-01", "2025-06-02");
+        CellRecord { started_at, ..cell.clone() }
+    };
+    let head: Vec<CellRecord> = head.iter().map(a_day_later).collect();
+    compare(&folder.record("base", base), &folder.record("head", &head), options)
 }
 
 fn json(assert: &Assert) -> serde_json::Value {
@@ -241,6 +246,37 @@ fn a_damaged_record_is_refused_by_name_and_a_cut_line_left_out() {
     std::fs::write(&cells, zero_step(&whole)).unwrap();
     compare(&base, &head, &[]).code(2).stderr(contains("above 0"));
     compare(&base, Path::new("/nowhere"), &[]).code(2).stderr(contains("the head").and(contains("/nowhere")));
+}
+
+#[test]
+fn a_copy_of_a_record_is_no_other_side() {
+    let folder = Folder::new();
+    let base = folder.record("base", &side(4, 1.0, 1));
+    let copy = folder.record("copy", &side(4, 1.0, 1));
+    compare(&base, &copy, &[]).code(2).stderr(contains("a copy of it"));
+    let head = folder.record("head", &side(4, 1.0, 2));
+    let twice = ["--write", "markdown=a.md", "--write", "json=a.md"];
+    compare(&base, &head, &twice).code(2).stderr(contains("a.md is named twice"));
+}
+
+#[test]
+fn what_no_run_writes_is_refused_with_its_field() {
+    let refused = |spoil: fn(&mut CellRecord), expected: &str| {
+        let (base, mut head) = (side(4, 1.0, 1), side(4, 1.0, 2));
+        spoil(&mut head[1]);
+        compared(&base, &head, &[]).code(2).stderr(contains("line 2").and(contains(expected)));
+    };
+    refused(|cell| cell.started_at = "yesterday".into(), "started_at is \"yesterday\"");
+    refused(|cell| cell.wall_seconds = -5.0, "wall_seconds is -5");
+    refused(|cell| cell.peak_memory_bytes = Some(u64::MAX), "more than any machine has");
+    refused(|cell| cell.samples.phases[0].peak_bytes = u64::MAX, "more than any machine has");
+    let with_error = |cell: &mut CellRecord| {
+        *cell = ended(cell.clone(), Outcome::Crashed, "killed");
+        cell.outcome = Outcome::Ok;
+    };
+    refused(with_error, "outcome is ok beside the error");
+    // The name of the row before, with another scenario.
+    refused(|cell| cell.cell = "candle-cpu/qwen2.5-coder-0.5b/train-s256-b1/nf4/0".into(), "of a row before");
 }
 
 /// With the time of a training step set to 0.

@@ -146,7 +146,7 @@ fn a_launched_worker_is_observed_by_its_agent_and_interrupted_like_any_other() {
     resume(&workspace);
     for cell in workspace.records() {
         assert_eq!(cell.launcher.as_deref(), Some("env LAUNCHED=1"));
-        assert_eq!(cell.samples.memory_measure.as_deref(), Some("pss"));
+        assert_eq!(cell.samples.memory_measure.as_deref(), Some("tree"));
         let loaded = cell.samples.phases.iter().find(|phase| phase.name == "load").unwrap();
         assert!(loaded.peak_bytes > 1_000_000 && !cell.samples.memory.is_empty());
         assert!(cell.samples.surroundings.is_some() && cell.environment.logical_cores > 0);

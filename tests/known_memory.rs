@@ -76,7 +76,7 @@ fn a_known_program_is_measured_phase_by_phase_to_one_percent() {
         std::thread::sleep(Duration::from_millis(60));
     }
     let figures = probe.finish();
-    assert_eq!(figures.measure, "pss");
+    assert_eq!(figures.measure, "tree");
     let base = phase(&figures, "start").peak_bytes;
     let peak = |name: &str| phase(&figures, name).peak_bytes;
     assert_near("anonymous", peak("anonymous"), base + 300 * MIB);

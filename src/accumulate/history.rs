@@ -61,17 +61,26 @@ pub fn read(folder: &Path, complain: &mut dyn FnMut(&str)) -> anyhow::Result<Vec
     let mut runs: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     runs.retain(|run| run.join(CELLS_FILE).is_file());
     runs.sort();
-    let mut all = Vec::new();
+    let mut all: Vec<(String, Vec<CellRecord>)> = Vec::new();
     for run in runs {
         match record::read(&run) {
             Ok(cells) => {
                 let name = run.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                all.push((name, cells));
+                match all.iter().find(|(_, known)| is_copy(known, &cells)) {
+                    Some((of, _)) => complain(&format!("{name} is left out: a copy of {of}")),
+                    None => all.push((name, cells)),
+                }
             }
             Err(error) => complain(&format!("left out: {error:#}")),
         }
     }
     Ok(all)
+}
+
+/// Whether a process is in both. A merged record has those of its parts, and takes no part.
+fn is_copy(a: &[CellRecord], b: &[CellRecord]) -> bool {
+    let own = |cells: &[CellRecord]| cells.iter().find(|cell| cell.host.is_none()).cloned();
+    own(b).is_some_and(|first| a.iter().any(|cell| cell.host.is_none() && cell.is_same_process(&first)))
 }
 
 pub fn trends(runs: &[(String, Vec<CellRecord>)], metric: Metric, filter: &Filter) -> Vec<Trend> {

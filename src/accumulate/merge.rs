@@ -35,7 +35,7 @@ pub fn merged(parts: Vec<Part>) -> Result<Vec<CellRecord>> {
             let name = format!("{host}/{own}");
             cell.cell = free_name(&name, &all)?;
             cell.host = Some(host);
-            if all.iter().any(|known| is_same_row(known, &cell)) {
+            if all.iter().any(|known| known.is_same_process(&cell)) {
                 bail!(
                     "{} of {} is there twice: a record, or a copy of it, was named twice",
                     cell.cell,
@@ -46,12 +46,6 @@ pub fn merged(parts: Vec<Part>) -> Result<Vec<CellRecord>> {
         }
     }
     Ok(all)
-}
-
-/// The same process, whatever the cell is called.
-fn is_same_row(a: &CellRecord, b: &CellRecord) -> bool {
-    let unnamed = |cell: &CellRecord| CellRecord { cell: String::new(), host: None, ..cell.clone() };
-    a.started_at == b.started_at && unnamed(a) == unnamed(b)
 }
 
 /// `name`, or with a number where another record of the machine has that cell too.

@@ -42,7 +42,7 @@ pub struct CompareArgs {
     base: String,
     /// What is held against the base; several with commas between
     head: String,
-    /// When a difference counts, instead of the built-in reports/thresholds.toml
+    /// When a difference counts; what it leaves out is as in the built-in reports/thresholds.toml
     #[arg(long, value_name = "FILE")]
     thresholds: Option<PathBuf>,
     /// Compare different hardware or scenarios all the same; every line then says so
@@ -98,7 +98,7 @@ pub fn run(args: &CompareArgs) -> Result<ExitCode> {
     let (base, head) = (read_side("base", &args.base)?, read_side("head", &args.head)?);
     let differences = differences(&base, &head);
     refuse_differences(args, &differences)?;
-    if let Some(same) = base.iter().find(|cell| head.contains(cell)) {
+    if let Some(same) = base.iter().find(|cell| head.iter().any(|other| other.is_same_process(cell))) {
         bail!(
             "{} of {} is in base and head: a record compared with itself, or with a copy of it, says nothing",
             same.cell,
@@ -220,7 +220,7 @@ fn read_side(side: &str, paths: &str) -> Result<Vec<CellRecord>> {
     let mut cells: Vec<CellRecord> = Vec::new();
     for path in paths.split(',').map(Path::new) {
         let more = record::read(path).with_context(|| format!("the {side}"))?;
-        if let Some(twice) = more.iter().find(|cell| cells.contains(cell)) {
+        if let Some(twice) = more.iter().find(|cell| cells.iter().any(|known| known.is_same_process(cell))) {
             bail!(
                 "{}: {} of the {side} is there twice, also in another of its records",
                 path.display(),

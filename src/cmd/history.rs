@@ -80,7 +80,7 @@ pub fn run(args: &HistoryArgs) -> Result<ExitCode> {
 
 fn table(trends: &[Trend]) -> String {
     let metric = trends[0].metric;
-    let mut rows: Vec<[String; 7]> = Vec::new();
+    let mut rows: Vec<[String; 8]> = Vec::new();
     for trend in trends {
         let mut before = None;
         for point in &trend.points {
@@ -89,6 +89,7 @@ fn table(trends: &[Trend]) -> String {
             rows.push([
                 trend.machine.clone(),
                 trend.job.clone(),
+                point.run.clone(),
                 point.at.strftime("%Y-%m-%d %H:%M").to_string(),
                 commit,
                 point.processes.to_string(),
@@ -99,5 +100,5 @@ fn table(trends: &[Trend]) -> String {
         }
     }
     let rows = rows.into_iter().map(|row| row.map(|cell| harmless(&cell)));
-    terminal::table(&["machine", "job", "UTC", "commit", "n", metric.title(), "change"], 4..7, rows)
+    terminal::table(&["machine", "job", "run", "UTC", "commit", "n", metric.title(), "change"], 5..8, rows)
 }

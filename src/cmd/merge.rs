@@ -2,11 +2,12 @@
 
 use crate::accumulate::merge::{Part, merged, write};
 use crate::decide::criteria::Criteria;
-use crate::output::print;
+use crate::output::{note, print};
 use crate::record;
 use crate::render::hosts;
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -35,6 +36,12 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode> {
     }
     let parts = args.runs.iter().map(|text| part(text)).collect::<Result<Vec<_>>>()?;
     let cells = merged(parts)?;
+    let measures: BTreeSet<&str> =
+        cells.iter().filter_map(|cell| cell.samples.memory_measure.as_deref()).collect();
+    if measures.len() > 1 {
+        let measures: Vec<&str> = measures.into_iter().collect();
+        note(&format!("memory is defined in different ways in these records: {}", measures.join(", ")));
+    }
     let criteria = Criteria::built_in()?;
     write(&args.out, &cells)?;
     let report = args.out.join("report.md");

@@ -1,10 +1,12 @@
 //! `evalfw run`: the main job. Everything that can be wrong with the input is found before the first
 //! model is loaded.
 
+use crate::compare::sameness::is_same_machine;
 use crate::data::dataset::Dataset;
 use crate::decide::criteria::Criteria;
 use crate::engines;
 use crate::interrupt;
+use crate::measure::host::Environment;
 use crate::output::{note, print};
 use crate::record::{self, CellRecord, ModelRecord, Outcome, RunLog, record_folder};
 use crate::render;
@@ -17,6 +19,7 @@ use crate::scenario::{Library, Suite};
 use crate::worker::{Launcher, Workers};
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use clap::builder::FalseyValueParser;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -30,7 +33,8 @@ Examples:
   evalfw run --launcher 'srun -n1 --unbuffered' --suite large      every cell is a job of a cluster
   evalfw run --resume results/20261123-101500-default
 
-With --launcher the paths of this program, of the model and of the temporary folder (TMPDIR) must be the same on the
+With --launcher every worker is started through it: besides one for each cell, some before the first cell, in which each
+engine is probed and held against the reference and the machine is looked at. The paths of this program, of the model and of the temporary folder (TMPDIR) must be the same on the
 worker's side; an agent there observes memory and machine. Ctrl-C once ends the cell and the run, twice at once.
 
 Exit codes: 0 all cells ok, 1 a cell failed, 2 bad input, 130 interrupted.";
@@ -73,7 +77,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "N", env = "EVALFW_REPEAT_DISTURBED")]
     repeat_disturbed: Option<u32>,
     /// Do not measure what the machine can do at best
-    #[arg(long, env = "EVALFW_NO_LIMITS")]
+    #[arg(long, env = "EVALFW_NO_LIMITS", value_parser = FalseyValueParser::new())]
     no_limits: bool,
     /// Start workers through another command, such as `srun -n1 --unbuffered`, `ssh host` or `docker run -i image`
     #[arg(long, value_name = "CMD")]
@@ -93,6 +97,9 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     interrupt::install()?;
     let (settings, resumed) = match &args.resume {
         Some(run) => {
+            if !run.exists() {
+                bail!("--resume {}: no such folder", run.display());
+            }
             let folder = record_folder(run);
             (resumed_settings(args, &folder)?, Some(folder))
         }
@@ -116,6 +123,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
     };
     let Prepared { context, cells, unavailable, inputs } = prepared;
     check_same_models(&earlier, &context.models)?;
+    check_same_machine(&earlier, &context.environment)?;
     let folder = match resumed {
         Some(folder) => folder.to_owned(),
         None => new_run_folder(&root, &settings)?,
@@ -247,6 +255,18 @@ fn earlier_records(folder: &Path) -> Result<Vec<CellRecord>> {
     let size = std::fs::metadata(folder.join(record::CELLS_FILE)).map_or(0, |m| m.len());
     // The run was interrupted before its first cell ended.
     if size == 0 { Ok(Vec::new()) } else { record::read(folder) }
+}
+
+/// Figures of two machines in one run would be taken for those of one.
+fn check_same_machine(earlier: &[CellRecord], here: &Environment) -> Result<()> {
+    match earlier.iter().find(|record| !is_same_machine(&record.environment, here)) {
+        Some(record) => bail!(
+            "this run began on another machine ({}, {:.1} GB); start a new one here, and join them by `evalfw merge`",
+            record.environment.cpu,
+            record.environment.memory_bytes as f64 / 1e9
+        ),
+        None => Ok(()),
+    }
 }
 
 /// A run compares engines on one model: other weights under the same name would be another run.

@@ -87,7 +87,13 @@ fn job_name(cell: &CellRecord) -> String {
 
 /// Whether the side can be run again.
 pub fn check(side: &Side) -> Result<()> {
-    recorded_settings(side).map(drop)
+    recorded_settings(side)?;
+    let program = || format!("the {} would be run again by {}", side.name, side.program.display());
+    let answer = Command::new(&side.program).arg("--version").output().with_context(program)?;
+    if !answer.stdout.starts_with(b"evalfw ") {
+        bail!("{}, which is no evalfw", program());
+    }
+    Ok(())
 }
 
 fn recorded_settings(side: &Side) -> Result<Settings> {

@@ -5,7 +5,7 @@ use crate::measure::metrics::{
     counted_decodes, counted_prefills, counted_steps, peak_memory, seconds_per_amount, time_to_target,
 };
 use crate::record::CellRecord;
-use crate::render::format::{gb, significant};
+use crate::render::format::significant;
 use crate::scenario::Scenario;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -59,7 +59,7 @@ impl Metric {
 
     /// A figure in the unit of its column.
     pub fn shown(self, figure: f64) -> String {
-        if self == Self::PeakMemoryBytes { gb(figure) } else { significant(figure) }
+        significant(if self == Self::PeakMemoryBytes { figure / 1e9 } else { figure })
     }
 
     /// Whether more of it is better.

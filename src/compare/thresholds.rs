@@ -9,6 +9,16 @@ use std::path::Path;
 const BUILT_IN_NAME: &str = "reports/thresholds.toml (built in)";
 const BUILT_IN: &str = include_str!("../../reports/thresholds.toml");
 
+/// What a file leaves out is as in the built-in one.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    min_processes: Option<usize>,
+    confidence: Option<f64>,
+    #[serde(default)]
+    percent: BTreeMap<Metric, f64>,
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Thresholds {
@@ -30,7 +40,11 @@ impl Thresholds {
     }
 
     fn parse(text: &str) -> Result<Self> {
-        let thresholds: Self = toml::from_str(text)?;
+        let File { min_processes, confidence, percent } = toml::from_str(text)?;
+        let mut thresholds: Self = toml::from_str(BUILT_IN).context(BUILT_IN_NAME)?;
+        thresholds.min_processes = min_processes.unwrap_or(thresholds.min_processes);
+        thresholds.confidence = confidence.unwrap_or(thresholds.confidence);
+        thresholds.percent.extend(percent);
         if thresholds.min_processes < 2 {
             bail!(
                 "min_processes is {} (at least 2: one process tells nothing of the noise between them)",
@@ -61,13 +75,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_a_file_leaves_out_is_as_built_in() {
+        let thresholds = Thresholds::parse("percent.load_seconds = 1.5").unwrap();
+        assert_eq!(thresholds.of(Metric::LoadSeconds), 0.015);
+        assert_eq!(thresholds.of(Metric::PeakMemoryBytes), 0.02);
+        assert_eq!(thresholds.min_processes, Thresholds::built_in().unwrap().min_processes);
+    }
+
+    #[test]
     fn the_built_in_file_is_sound_and_a_bad_one_names_its_field() {
         assert_eq!(Thresholds::built_in().unwrap().of(Metric::PeakMemoryBytes), 0.02);
         for (from, to, field) in [
             ("min_processes = 3", "min_processes = 1", "min_processes"),
             ("confidence = 0.95", "confidence = 95", "confidence"),
             ("load_seconds = 10.0", "load_seconds = -1.0", "percent.load_seconds"),
-            ("load_seconds = 10.0", "", "percent.load_seconds is missing"),
             ("load_seconds", "loud_seconds", "loud_seconds"),
         ] {
             let error = Thresholds::parse(&BUILT_IN.replace(from, to)).unwrap_err();

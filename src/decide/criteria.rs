@@ -1,7 +1,9 @@
 //! The criteria of the decision, read from TOML.
 
-use super::value::{Anchor, ValueFunction};
+use super::metric::Metric;
+use super::value::{Anchor, BEST, ValueFunction};
 use anyhow::{Context, Result, bail};
+use evalfw_engine::protocol::DeviceKind;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -17,38 +19,15 @@ pub const PROBES: &[&str] = &[
     "lora_dropout",
     "gradient_checkpointing",
     "double_quantization",
+    "load_peft_adapter",
     "save_peft_adapter",
     "load_checkpoint",
     "tied_head",
     "untied_head",
     "sharded_checkpoint",
     "kv_cache_generation",
+    "full_context",
 ];
-
-/// A measured quantity that a criterion can be built from, on the reference job of its kind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Metric {
-    /// Largest memory of a QLoRA training job from start to end, in GB (10^9 bytes).
-    PeakTrainingMemoryGb,
-    /// As above, of an inference job.
-    PeakInferenceMemoryGb,
-}
-
-impl Metric {
-    const ALL: &[(&str, Metric)] = &[
-        ("peak_training_memory_gb", Metric::PeakTrainingMemoryGb),
-        ("peak_inference_memory_gb", Metric::PeakInferenceMemoryGb),
-    ];
-
-    /// The scenarios that measure it.
-    pub fn scenario_kind(self) -> &'static str {
-        match self {
-            Self::PeakTrainingMemoryGb => "train",
-            Self::PeakInferenceMemoryGb => "infer",
-        }
-    }
-}
 
 /// One item of a checklist.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -63,9 +42,67 @@ pub struct Check {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Source {
-    Metric { metric: Metric, anchors: ValueFunction },
+    Metrics { parts: Vec<Part> },
     Checklist { checks: Vec<Check> },
+    Judgement { judgements: Vec<Judgement> },
     NotMeasured { reason: String },
+}
+
+/// One measured quantity of a criterion.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Part {
+    pub metric: Metric,
+    pub title: &'static str,
+    /// Percent of the criterion.
+    pub weight: f64,
+    pub anchors: ValueFunction,
+}
+
+/// A score that somebody gave, and is marked as such wherever it is shown.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Judgement {
+    pub engine: String,
+    pub score: f64,
+    pub author: String,
+    /// As in 2026-01-31.
+    pub date: String,
+    pub reason: String,
+}
+
+/// When a winner is called.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rule {
+    /// In how large a share of the draws it has to be first, from 0.5 to 1.
+    pub acceptability: f64,
+    pub draws: usize,
+    pub seed: u64,
+    /// The weights that are drawn are up to so many times as large or as small as the stated ones, before they are
+    /// scaled to 100 % again.
+    pub weight_factor: f64,
+}
+
+impl Default for Rule {
+    fn default() -> Self {
+        Self { acceptability: 0.9, draws: 10_000, seed: 0, weight_factor: 2.0 }
+    }
+}
+
+/// Hardware that the decision is for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    pub title: String,
+    /// What the operating system's name holds there, e.g. `macOS`.
+    pub system: Option<String>,
+    pub device: DeviceKind,
+    /// What somebody who has only read about it would take there.
+    pub preferred: String,
+    /// All that can run there, by name.
+    pub engines: Vec<String>,
+    /// What measures them there.
+    pub command: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -83,6 +120,8 @@ pub struct Criterion {
 pub struct Criteria {
     /// GB are 10^9 bytes.
     pub memory_target_gb: f64,
+    pub decision: Rule,
+    pub targets: Vec<Target>,
     pub criteria: Vec<Criterion>,
 }
 
@@ -90,6 +129,10 @@ pub struct Criteria {
 #[serde(deny_unknown_fields)]
 struct CriteriaFile {
     memory_target_gb: f64,
+    #[serde(default)]
+    decision: Rule,
+    #[serde(default)]
+    targets: Vec<Target>,
     criteria: Vec<CriterionEntry>,
 }
 
@@ -102,8 +145,18 @@ struct CriterionEntry {
     weight: f64,
     metric: Option<String>,
     anchors: Option<Vec<Anchor>>,
+    parts: Option<Vec<PartEntry>>,
     checks: Option<Vec<Check>>,
+    judgements: Option<Vec<Judgement>>,
     not_measured: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PartEntry {
+    metric: String,
+    weight: f64,
+    anchors: Vec<Anchor>,
 }
 
 impl Criteria {
@@ -130,11 +183,14 @@ impl Criteria {
             }
             criteria.push(Criterion::from_entry(entry).context(place)?);
         }
-        let sum: f64 = criteria.iter().map(|c| c.weight).sum();
-        if (sum - 100.0).abs() > 1e-9 {
-            bail!("criteria: weight: the weights add up to {sum}, not to 100");
-        }
-        Ok(Self { memory_target_gb: file.memory_target_gb, criteria })
+        check_sum(criteria.iter().map(|c| c.weight)).context("criteria")?;
+        file.decision.check().context("decision")?;
+        Ok(Self {
+            memory_target_gb: file.memory_target_gb,
+            decision: file.decision,
+            targets: file.targets,
+            criteria,
+        })
     }
 
     pub fn memory_target_bytes(&self) -> u64 {
@@ -147,28 +203,97 @@ impl Criterion {
         if !(entry.weight.is_finite() && entry.weight > 0.0) {
             bail!("weight must be above 0");
         }
-        let source = match (entry.metric, entry.anchors, entry.checks, entry.not_measured) {
-            (Some(metric), Some(anchors), None, None) => {
-                Source::Metric { metric: metric_named(&metric)?, anchors: value_function(anchors)? }
+        let given = [
+            entry.metric.is_some() || entry.anchors.is_some(),
+            entry.parts.is_some(),
+            entry.checks.is_some(),
+            entry.judgements.is_some(),
+            entry.not_measured.is_some(),
+        ];
+        if given.iter().filter(|given| **given).count() != 1 {
+            bail!("needs exactly one of metric with anchors, parts, checks, judgements, and not_measured");
+        }
+        let source = if let Some(parts) = entry.parts {
+            Source::Metrics { parts: parts_of(parts)? }
+        } else if let Some(checks) = entry.checks {
+            Source::Checklist { checks: checklist(checks)? }
+        } else if let Some(judgements) = entry.judgements {
+            Source::Judgement { judgements: checked(judgements)? }
+        } else if let Some(reason) = entry.not_measured {
+            if reason.trim().is_empty() {
+                bail!("not_measured: the reason is empty");
             }
-            (Some(_), None, None, None) => bail!("anchors: a metric needs a value function"),
-            (None, Some(_), None, None) => bail!("metric: anchors need a quantity"),
-            (None, None, Some(checks), None) => Source::Checklist { checks: checklist(checks)? },
-            (None, None, None, Some(reason)) if !reason.trim().is_empty() => Source::NotMeasured { reason },
-            _ => bail!("needs exactly one of metric with anchors, checks, and not_measured with a reason"),
+            Source::NotMeasured { reason }
+        } else {
+            let metric = entry.metric.context("metric: anchors need a quantity")?;
+            let anchors = entry.anchors.context("anchors: a metric needs a value function")?;
+            Source::Metrics { parts: parts_of(vec![PartEntry { metric, weight: 100.0, anchors }])? }
         };
         Ok(Self { id: entry.id, title: entry.title, question: entry.question, weight: entry.weight, source })
     }
 }
 
-fn metric_named(name: &str) -> Result<Metric> {
-    let found = Metric::ALL.iter().find(|(known, _)| *known == name);
-    let known = || Metric::ALL.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
-    Ok(found.with_context(|| format!("metric: unknown metric {name}; there are {}", known()))?.1)
+impl Rule {
+    /// No more draws than take seconds.
+    const MOST_DRAWS: usize = 1_000_000;
+
+    fn check(&self) -> Result<()> {
+        if !(0.5..=1.0).contains(&self.acceptability) {
+            bail!("acceptability is {}: from 0.5 to 1", self.acceptability);
+        }
+        if !(100..=Self::MOST_DRAWS).contains(&self.draws) {
+            bail!("draws is {}: from 100 to {}", self.draws, Self::MOST_DRAWS);
+        }
+        if !(1.0..=100.0).contains(&self.weight_factor) {
+            bail!("weight_factor is {}: from 1 to 100", self.weight_factor);
+        }
+        Ok(())
+    }
 }
 
-fn value_function(anchors: Vec<Anchor>) -> Result<ValueFunction> {
-    ValueFunction::new(anchors).map_err(anyhow::Error::msg)
+fn check_sum(weights: impl Iterator<Item = f64>) -> Result<()> {
+    let sum: f64 = weights.sum();
+    if (sum - 100.0).abs() > 1e-9 {
+        bail!("weight: the weights add up to {sum}, not to 100");
+    }
+    Ok(())
+}
+
+fn parts_of(entries: Vec<PartEntry>) -> Result<Vec<Part>> {
+    let mut parts: Vec<Part> = Vec::new();
+    for (index, entry) in entries.into_iter().enumerate() {
+        let place = || format!("parts[{index}]");
+        let metric = Metric::named(&entry.metric).with_context(place)?;
+        if !(entry.weight.is_finite() && entry.weight > 0.0) {
+            bail!("parts[{index}]: weight must be above 0");
+        }
+        if parts.iter().any(|part| part.metric == metric) {
+            bail!("parts[{index}]: metric: {} is there twice", entry.metric);
+        }
+        let anchors = ValueFunction::new(entry.anchors).map_err(anyhow::Error::msg).with_context(place)?;
+        parts.push(Part { metric, title: metric.title(), weight: entry.weight, anchors });
+    }
+    check_sum(parts.iter().map(|part| part.weight)).context("parts")?;
+    Ok(parts)
+}
+
+fn checked(judgements: Vec<Judgement>) -> Result<Vec<Judgement>> {
+    for (index, judgement) in judgements.iter().enumerate() {
+        if !(0.0..=BEST).contains(&judgement.score) {
+            bail!("judgements[{index}]: score is {}: from 0 to 10", judgement.score);
+        }
+        let texts = [("author", &judgement.author), ("date", &judgement.date), ("reason", &judgement.reason)];
+        if let Some((name, _)) = texts.iter().find(|(_, text)| text.trim().is_empty()) {
+            bail!("judgements[{index}]: {name} is empty");
+        }
+        if judgement.date.parse::<jiff::civil::Date>().is_err() {
+            bail!("judgements[{index}]: date is {:?}: as in 2026-01-31", judgement.date);
+        }
+        if judgements[..index].iter().any(|earlier| earlier.engine == judgement.engine) {
+            bail!("judgements[{index}]: engine: {} is judged twice", judgement.engine);
+        }
+    }
+    Ok(judgements)
 }
 
 fn checklist(checks: Vec<Check>) -> Result<Vec<Check>> {

@@ -1,17 +1,22 @@
 //! From a record to a decision: knock-outs, dominance, anchored scores, a weighted total with what is
 //! unknown kept unknown, and a verdict that may be that there is none.
 
+pub mod breakeven;
 pub mod criteria;
+pub mod fallback;
 pub mod figures;
 pub mod jobs;
 pub mod knockout;
+pub mod metric;
 pub mod ranking;
 pub mod score;
+pub mod smaa;
 pub mod value;
 pub mod work;
 
 use crate::record::CellRecord;
 use criteria::Criteria;
+use fallback::TargetVerdict;
 use jobs::{Job, arrange, compared, is_beside_tuned, is_software_adapter, models};
 use ranking::Ranking;
 use serde::Serialize;
@@ -23,6 +28,8 @@ pub struct Decision {
     pub memory_target_bytes: u64,
     /// The largest model with an engine to choose first.
     pub rankings: Vec<Ranking>,
+    /// Of each hardware that the decision is for.
+    pub targets: Vec<TargetVerdict>,
     /// Engines whose device renders on the CPU. They are in no ranking.
     pub software_adapters: Vec<String>,
     /// Stock forms of engines that ran as well. A framework is ranked by the best that it was made to do, and the
@@ -58,6 +65,7 @@ pub fn decide(cells: &[CellRecord], criteria: &Criteria) -> Decision {
     rankings.sort_by_key(|r| r.candidates.is_empty());
     let names = |engines: Vec<&str>| engines.into_iter().map(str::to_owned).collect();
     Decision {
+        targets: fallback::verdicts(cells, rankings.first(), &criteria.targets),
         memory_target_bytes: criteria.memory_target_bytes(),
         rankings,
         software_adapters: names(software),

@@ -1,10 +1,12 @@
 //! The ranking of the engines on one model.
 
+use super::breakeven::{BreakEven, break_even};
 use super::criteria::Criteria;
 use super::figures::{InferFigures, Spread, TrainFigures};
 use super::jobs::{Job, reference_scenario};
 use super::knockout::{KnockOut, knock_outs};
 use super::score::{Interval, RESOLUTION, Score, compare, total};
+use super::smaa::{Acceptability, Alternative, EngineAcceptability, acceptability};
 use super::value::BEST;
 use crate::measure::host::Environment;
 use crate::record::{CellRecord, ModelRecord};
@@ -18,6 +20,12 @@ pub struct Ranking {
     pub parameters: u64,
     /// What passed the knock-outs, by name.
     pub candidates: Vec<Candidate>,
+    /// The best candidate of each framework, by name: these are compared.
+    pub finalists: Vec<String>,
+    /// Of the finalists; `None` where there are fewer than two, or where they cannot be compared.
+    pub acceptability: Option<Acceptability>,
+    /// Of the criteria that were measured in whole of all finalists, by title, and of the one that is first by them.
+    pub break_even: Option<BreakEvens>,
     pub knocked_out: Vec<Excluded>,
     pub dominated: Vec<Dominated>,
     /// In the order of the criteria.
@@ -29,6 +37,7 @@ pub struct Ranking {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Candidate {
     pub engine: String,
+    pub framework: String,
     /// In the order of the criteria.
     pub scores: Vec<Score>,
     pub total: Interval,
@@ -51,7 +60,16 @@ pub struct Dominated {
     pub speeds: Vec<&'static str>,
 }
 
-/// Who is best in one criterion.
+/// At which weights another finalist would be first.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BreakEvens {
+    /// First by the criteria that were measured of all.
+    pub first: String,
+    /// Titles of the criteria, with their weight among those that were measured.
+    pub criteria: Vec<(String, BreakEven)>,
+}
+
+/// Which finalist is best in one criterion.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Winner {
@@ -90,11 +108,14 @@ pub enum Verdict {
     NoCandidate,
     /// One passed: there is nothing to compare it with.
     OnlyOne { engine: String },
-    /// Its lowest possible total is above every other's highest.
+    /// It is first in as many of the draws as the rule asks for.
     Winner {
         engine: String,
-        /// Between its lowest total and the highest of the others.
-        margin: f64,
+        runner_up: String,
+        /// In which share of the draws it is first, with weights around the stated ones.
+        acceptability: f64,
+        /// Points of 10 by which it is ahead in the middle draw.
+        ahead: f64,
     },
     NoClearWinner {
         /// Why the cells cannot be compared at all.
@@ -150,10 +171,13 @@ impl Ranking {
             None => speed_ratios(&on_model, model, &candidates),
             Some(_) => None,
         };
-        let winner = |index| match winner(&candidates, index) {
+        let finalists = finalists(&candidates, speed.as_ref());
+        let winner = |index| match winner(&finalists, index) {
             Winner::Engine { .. } | Winner::Tie if obstacle.is_some() => Winner::NotDecided,
             other => other,
         };
+        let drawn =
+            (obstacle.is_none() && finalists.len() > 1).then(|| acceptability_of(&finalists, criteria));
         Self {
             model: model.name.clone(),
             parameters: model.parameters,
@@ -162,19 +186,103 @@ impl Ranking {
                 Some(_) => Vec::new(),
             },
             winners: (0..criteria.criteria.len()).map(winner).collect(),
-            verdict: verdict(&candidates, criteria, obstacle),
+            break_even: if obstacle.is_none() { break_evens(&finalists, criteria) } else { None },
+            verdict: verdict(&finalists, criteria, obstacle, drawn.as_ref()),
+            finalists: finalists.iter().map(|c| c.engine.clone()).collect(),
+            acceptability: drawn,
             speed,
             candidates,
             knocked_out,
         }
     }
+
+    pub fn candidate(&self, engine: &str) -> Option<&Candidate> {
+        self.candidates.iter().find(|candidate| candidate.engine == engine)
+    }
+
+    /// The best of these engines that passed the knock-outs.
+    pub fn best_of(&self, engines: &[&str]) -> Option<&Candidate> {
+        let among = self.candidates.iter().filter(|c| engines.contains(&c.engine.as_str()));
+        among.reduce(|best, c| if is_better(c, best, self.speed.as_ref()) { c } else { best })
+    }
+
+    /// What to take: the winner, or the only one, or else the finalist that is first most often.
+    pub fn first(&self) -> Option<&str> {
+        match &self.verdict {
+            Verdict::Winner { engine, .. } | Verdict::OnlyOne { engine } => Some(engine),
+            Verdict::NoCandidate => None,
+            Verdict::NoClearWinner { .. } => self.by_acceptability().first().map(|(engine, _)| *engine),
+        }
+    }
+
+    /// The finalists with the share of the draws in which each is first, from often to seldom.
+    pub fn by_acceptability(&self) -> Vec<(&str, f64)> {
+        let engines = self.acceptability.iter().flat_map(|drawn| &drawn.engines);
+        let mut shares: Vec<(&str, f64)> = engines.map(|e| (e.engine.as_str(), e.ranks[0])).collect();
+        shares.sort_by(|a, b| b.1.total_cmp(&a.1));
+        shares
+    }
+}
+
+/// The best of each framework: by the middle of what its total may be, and of equal ones by the speed of training.
+fn finalists(candidates: &[Candidate], speed: Option<&SpeedRatios>) -> Vec<Candidate> {
+    let mut best: Vec<Candidate> = Vec::new();
+    for candidate in candidates {
+        match best.iter_mut().find(|known| known.framework == candidate.framework) {
+            Some(known) if is_better(candidate, known, speed) => *known = candidate.clone(),
+            Some(_) => {}
+            None => best.push(candidate.clone()),
+        }
+    }
+    best.sort_by(|a, b| a.engine.cmp(&b.engine));
+    best
+}
+
+fn is_better(a: &Candidate, b: &Candidate, speed: Option<&SpeedRatios>) -> bool {
+    let middle = |c: &Candidate| (c.total.low + c.total.high) / 2.0;
+    let speed_of = |engine: &str| {
+        let of_engine = speed.and_then(|s| s.engines.iter().find(|e| e.engine == engine));
+        of_engine.map_or(0.0, |e| e.real_tokens.median)
+    };
+    let by_speed = || speed_of(&a.engine).total_cmp(&speed_of(&b.engine));
+    compare(middle(a), middle(b)).then_with(by_speed) == Ordering::Greater
+}
+
+fn acceptability_of<'a>(finalists: &'a [Candidate], criteria: &'a Criteria) -> Acceptability {
+    let of = |c: &'a Candidate| Alternative::new(&c.engine, &criteria.criteria, &c.scores);
+    let alternatives: Vec<Alternative<'a>> = finalists.iter().map(of).collect();
+    let weights: Vec<f64> = criteria.criteria.iter().map(|c| c.weight).collect();
+    acceptability(&alternatives, &weights, &criteria.decision)
+}
+
+fn break_evens(finalists: &[Candidate], criteria: &Criteria) -> Option<BreakEvens> {
+    let known = |index: &usize| {
+        let is_known = |c: &Candidate| c.scores[*index].range().low == c.scores[*index].range().high;
+        finalists.iter().all(is_known)
+    };
+    let measured: Vec<usize> = (0..criteria.criteria.len()).filter(known).collect();
+    if finalists.len() < 2 || measured.len() < 2 {
+        return None;
+    }
+    let sum: f64 = measured.iter().map(|i| criteria.criteria[*i].weight).sum();
+    let weights: Vec<f64> = measured.iter().map(|i| 100.0 * criteria.criteria[*i].weight / sum).collect();
+    let scores = |c: &Candidate| measured.iter().map(|i| c.scores[*i].range().low).collect::<Vec<f64>>();
+    let engines: Vec<(&str, Vec<f64>)> = finalists.iter().map(|c| (c.engine.as_str(), scores(c))).collect();
+    let total = |scores: &[f64]| -> f64 { scores.iter().zip(&weights).map(|(s, w)| s * w).sum() };
+    let (first, _) =
+        engines.iter().enumerate().max_by(|(_, a), (_, b)| total(&a.1).total_cmp(&total(&b.1)))?;
+    let titles = measured.iter().map(|i| criteria.criteria[*i].title.clone());
+    let found = break_even(&engines, &weights, first);
+    Some(BreakEvens { first: engines[first].0.to_owned(), criteria: titles.zip(found).collect() })
 }
 
 fn candidate(jobs: &[Job], model: &ModelRecord, engine: &str, criteria: &Criteria) -> Candidate {
     let score = |criterion| Score::of(criterion, jobs, &model.name, engine);
     let scores: Vec<Score> = criteria.criteria.iter().map(score).collect();
     let total = total(criteria.criteria.iter().map(|c| c.weight).zip(&scores));
-    Candidate { engine: engine.to_owned(), scores, total }
+    let mut cells = jobs.iter().filter(|j| j.engine == engine).flat_map(|j| j.ok());
+    let framework = cells.find_map(|cell| cell.framework.clone()).unwrap_or_else(|| engine.to_owned());
+    Candidate { engine: engine.to_owned(), framework, scores, total }
 }
 
 fn speed_ratios(jobs: &[Job], model: &ModelRecord, candidates: &[Candidate]) -> Option<SpeedRatios> {
@@ -361,24 +469,35 @@ fn winner(candidates: &[Candidate], criterion: usize) -> Winner {
     if scores.iter().any(|(_, s)| is_best(s)) { Winner::Tie } else { Winner::NotDecided }
 }
 
-fn verdict(candidates: &[Candidate], criteria: &Criteria, obstacle: Option<String>) -> Verdict {
-    match candidates {
+fn verdict(
+    finalists: &[Candidate],
+    criteria: &Criteria,
+    obstacle: Option<String>,
+    drawn: Option<&Acceptability>,
+) -> Verdict {
+    match finalists {
         [] => return Verdict::NoCandidate,
         [only] => return Verdict::OnlyOne { engine: only.engine.clone() },
         _ => {}
     }
-    if obstacle.is_none() {
-        for engine in candidates {
-            let others = candidates.iter().filter(|c| c.engine != engine.engine);
-            let highest = others.map(|c| c.total.high).fold(f64::NEG_INFINITY, f64::max);
-            let margin = engine.total.low - highest;
-            if margin >= RESOLUTION {
-                return Verdict::Winner { engine: engine.engine.clone(), margin };
-            }
-        }
+    if let Some(winner) = drawn.and_then(|drawn| called(drawn, criteria.decision.acceptability)) {
+        return winner;
     }
-    let lead = if obstacle.is_none() { lead(candidates, criteria) } else { None };
-    Verdict::NoClearWinner { obstacle, lead, missing: missing(candidates, criteria) }
+    let lead = if obstacle.is_none() { lead(finalists, criteria) } else { None };
+    Verdict::NoClearWinner { obstacle, lead, missing: missing(finalists, criteria) }
+}
+
+/// The one that is first often enough, if its lead can be seen at all.
+fn called(drawn: &Acceptability, least: f64) -> Option<Verdict> {
+    let mut engines: Vec<&EngineAcceptability> = drawn.engines.iter().collect();
+    engines.sort_by(|a, b| b.ranks[0].total_cmp(&a.ranks[0]));
+    let [first, second, ..] = engines[..] else { return None };
+    (first.ranks[0] >= least && first.ahead >= RESOLUTION).then(|| Verdict::Winner {
+        engine: first.engine.clone(),
+        runner_up: second.engine.clone(),
+        acceptability: first.ranks[0],
+        ahead: first.ahead,
+    })
 }
 
 /// The engine that is ahead of every other in what was measured of both alike.

@@ -1,11 +1,10 @@
 //! The score of one engine in one criterion, with what is unknown kept unknown.
 
-use super::criteria::{Check, Criterion, Metric, Source};
-use super::figures::Footprint;
-use super::jobs::{Job, reference_scenario};
-use super::value::{BEST, ValueFunction};
+use super::criteria::{Check, Criterion, Judgement, Part, Source};
+use super::jobs::Job;
+use super::metric::{Measured, Metric};
+use super::value::BEST;
 use crate::record::CellRecord;
-use evalfw_engine::protocol::Quantization;
 use serde::Serialize;
 use std::cmp::Ordering;
 
@@ -16,9 +15,9 @@ pub const RESOLUTION: f64 = 0.05;
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Score {
     Measured {
-        /// From 0 to 10; of a checklist the share that passed of what was probed.
+        /// From 0 to 10, of what was measured: the weighted mean of the parts, or the share of the probes that passed.
         score: f64,
-        /// What the score may become once the rest of a checklist is probed.
+        /// What the score may become once the rest is measured.
         range: Interval,
         basis: Basis,
     },
@@ -36,8 +35,23 @@ pub struct Interval {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Basis {
-    Metric { value: f64, scenario: String, cell: String },
+    Metrics { parts: Vec<PartScore> },
     Checklist { passed: Vec<CheckResult>, failed: Vec<CheckResult>, not_probed: Vec<Check> },
+    Judgement(Judgement),
+}
+
+/// One measured quantity with its score.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PartScore {
+    pub metric: Metric,
+    pub title: &'static str,
+    /// Percent of the criterion.
+    pub weight: f64,
+    /// `None` where it was not measured.
+    pub score: Option<f64>,
+    pub measured: Option<Measured>,
+    /// Why it was not measured.
+    pub reason: Option<String>,
 }
 
 /// A probe with its evidence and the cell that gave it.
@@ -53,8 +67,9 @@ impl Score {
     /// Scores one engine on one model in one criterion.
     pub fn of(criterion: &Criterion, jobs: &[Job], model: &str, engine: &str) -> Self {
         match &criterion.source {
-            Source::Metric { metric, anchors } => from_metric(*metric, anchors, jobs, model, engine),
+            Source::Metrics { parts } => from_metrics(parts, jobs, model, engine),
             Source::Checklist { checks } => from_checklist(checks, jobs, model, engine),
+            Source::Judgement { judgements } => from_judgements(judgements, engine),
             Source::NotMeasured { reason } => not_measured(reason),
         }
     }
@@ -74,13 +89,19 @@ impl Score {
         }
     }
 
-    /// Which of two engines is better in a criterion; `None` where the record cannot say. Checklists
-    /// compare by share only where the same items were probed, otherwise by what they can become.
+    /// What was measured for a metric.
+    pub fn metric(&self, metric: Metric) -> Option<&Measured> {
+        let Self::Measured { basis: Basis::Metrics { parts }, .. } = self else { return None };
+        parts.iter().find(|part| part.metric == metric)?.measured.as_ref()
+    }
+
+    /// Which of two engines is better in a criterion; `None` where the record cannot say. Where other things were
+    /// measured of the one than of the other, they compare by what they can become.
     pub fn compare(&self, other: &Self) -> Option<Ordering> {
         let (Self::Measured { score: a, .. }, Self::Measured { score: b, .. }) = (self, other) else {
             return None;
         };
-        if self.probed() == other.probed() {
+        if self.known() == other.known() {
             return Some(compare(*a, *b));
         }
         let (a, b) = (self.range(), other.range());
@@ -93,12 +114,16 @@ impl Score {
         }
     }
 
-    /// The names of the items that were probed, sorted.
-    fn probed(&self) -> Vec<&str> {
-        let Self::Measured { basis: Basis::Checklist { passed, failed, .. }, .. } = self else {
-            return Vec::new();
+    /// The titles of what was measured or probed, sorted.
+    fn known(&self) -> Vec<&str> {
+        let Self::Measured { basis, .. } = self else { return Vec::new() };
+        let mut names: Vec<&str> = match basis {
+            Basis::Metrics { parts } => parts.iter().filter(|p| p.score.is_some()).map(|p| p.title).collect(),
+            Basis::Checklist { passed, failed, .. } => {
+                passed.iter().chain(failed).map(|r| r.probe.as_str()).collect()
+            }
+            Basis::Judgement(_) => Vec::new(),
         };
-        let mut names: Vec<&str> = passed.iter().chain(failed).map(|r| r.probe.as_str()).collect();
         names.sort_unstable();
         names
     }
@@ -124,31 +149,46 @@ fn not_measured(reason: impl Into<String>) -> Score {
     Score::NotMeasured { reason: reason.into() }
 }
 
-fn from_metric(metric: Metric, anchors: &ValueFunction, jobs: &[Job], model: &str, engine: &str) -> Score {
-    let kind = metric.scenario_kind();
-    let Some(scenario) = reference_scenario(jobs, model, kind) else {
-        return not_measured(format!("the run holds no {kind} scenario with an NF4 base"));
+fn from_metrics(parts: &[Part], jobs: &[Job], model: &str, engine: &str) -> Score {
+    let parts: Vec<PartScore> = parts.iter().map(|part| part_score(part, jobs, model, engine)).collect();
+    let known = || parts.iter().filter_map(|part| Some((part.weight, part.score?)));
+    let weight: f64 = known().map(|(weight, _)| weight).sum();
+    if weight == 0.0 {
+        let mut reasons: Vec<&str> = parts.iter().filter_map(|part| part.reason.as_deref()).collect();
+        reasons.dedup();
+        return not_measured(reasons.join("; "));
+    }
+    let sum: f64 = known().map(|(weight, score)| weight * score).sum();
+    // Parts that are not known may be worth nothing or everything.
+    let range = match parts.iter().all(|part| part.score.is_some()) {
+        true => Interval { low: sum / weight, high: sum / weight },
+        false => Interval { low: sum / 100.0, high: (sum + (100.0 - weight) * BEST) / 100.0 },
     };
-    let is_reference = |j: &&Job| {
-        j.engine == engine
-            && j.model.name == model
-            && j.scenario == scenario
-            && j.quantization == Quantization::Nf4
+    Score::Measured { score: sum / weight, range, basis: Basis::Metrics { parts } }
+}
+
+fn part_score(part: &Part, jobs: &[Job], model: &str, engine: &str) -> PartScore {
+    let (measured, reason) = match part.metric.measure(jobs, model, engine) {
+        Ok(measured) => (Some(measured), None),
+        Err(reason) => (None, Some(reason)),
     };
-    let Some(job) = jobs.iter().find(is_reference) else {
-        return not_measured(format!("the run holds no {scenario} of this engine"));
-    };
-    match Footprint::of_job(job) {
-        None => not_measured(format!("{scenario} ended {}", job.outcomes())),
-        Some((Footprint::Unknown, _)) => not_measured(format!("{scenario} has no memory figure")),
-        Some((Footprint::AtLeast { .. }, _)) => {
-            not_measured("the peak of the memory on the GPU is not in the record, only what it is at least")
-        }
-        Some((Footprint::Peak { bytes }, cell)) => {
-            let value = bytes as f64 / 1e9;
-            let score = anchors.score(value);
-            let basis = Basis::Metric { value, scenario: scenario.to_owned(), cell: cell.cell.clone() };
-            Score::Measured { score, range: Interval { low: score, high: score }, basis }
+    PartScore {
+        metric: part.metric,
+        title: part.title,
+        weight: part.weight,
+        score: measured.as_ref().map(|measured| part.anchors.score(measured.value)),
+        measured,
+        reason,
+    }
+}
+
+fn from_judgements(judgements: &[Judgement], engine: &str) -> Score {
+    match judgements.iter().find(|judgement| judgement.engine == engine) {
+        None => not_measured("nobody has judged it"),
+        Some(judgement) => {
+            let score = judgement.score;
+            let range = Interval { low: score, high: score };
+            Score::Measured { score, range, basis: Basis::Judgement(judgement.clone()) }
         }
     }
 }
@@ -201,7 +241,7 @@ mod tests {
     use super::*;
 
     fn metric(score: f64) -> Score {
-        let basis = Basis::Metric { value: 1.0, scenario: "train".into(), cell: "cell".into() };
+        let basis = Basis::Metrics { parts: Vec::new() };
         Score::Measured { score, range: Interval { low: score, high: score }, basis }
     }
 

@@ -74,12 +74,7 @@ pub struct Shares {
 impl Shares {
     /// Medians over the job's cells.
     pub fn of(job: &Job) -> Self {
-        let share = |of: fn(&CellRecord, &ModelConfig, &Limits) -> Option<f64>| {
-            let cells = job.ok().filter_map(|cell| {
-                of(cell, cell.model.config.as_ref()?, cell.limits.as_ref()?).filter(|share| share.is_finite())
-            });
-            median(cells)
-        };
+        let share = |of: fn(&CellRecord) -> Option<f64>| median(job.ok().filter_map(of));
         Self { train: share(train_share), prefill: share(prefill_share), decode: share(decode_share) }
     }
 }
@@ -88,33 +83,47 @@ impl Shares {
 pub fn load_share(cell: &CellRecord) -> Option<f64> {
     let load = cell.samples.load.as_ref().filter(|load| load.page_cache == "warm")?;
     let limit = cell.limits?.host.page_cache_bytes_per_second?;
-    Some(cell.model.checkpoint_bytes as f64 / load.times.total_seconds / limit)
-        .filter(|share| share.is_finite())
+    finite(cell.model.checkpoint_bytes as f64 / load.times.total_seconds / limit)
 }
 
-fn train_share(cell: &CellRecord, config: &ModelConfig, limits: &Limits) -> Option<f64> {
+/// Of the rate of matrix products, in training.
+pub fn train_share(cell: &CellRecord) -> Option<f64> {
+    let (config, limits) = known(cell)?;
     let Scenario::Train(scenario) = &cell.parameters else { return None };
     let rows = scenario.rows_per_step() as f64;
     let steps: Vec<_> = counted_steps(&cell.samples).collect();
     let trained = steps.iter().map(|step| step.trained_tokens as f64).sum::<f64>() / steps.len() as f64;
     let flops = rows * step_flops(config, scenario.sequence_length, scenario.lora_r, trained / rows);
     let seconds = median(steps.iter().map(|step| step.seconds))?;
-    Some(flops / seconds / matrix_limit(cell, limits)?)
+    finite(flops / seconds / matrix_limit(cell, limits)?)
 }
 
-fn prefill_share(cell: &CellRecord, config: &ModelConfig, limits: &Limits) -> Option<f64> {
+/// The same, of the prompt.
+pub fn prefill_share(cell: &CellRecord) -> Option<f64> {
+    let (config, limits) = known(cell)?;
     let Scenario::Infer(scenario) = &cell.parameters else { return None };
     let seconds = median(counted_prefills(&cell.samples).map(|(_, seconds)| seconds))?;
-    Some(prefill_flops(config, scenario.prompt_tokens) / seconds / matrix_limit(cell, limits)?)
+    finite(prefill_flops(config, scenario.prompt_tokens) / seconds / matrix_limit(cell, limits)?)
 }
 
-fn decode_share(cell: &CellRecord, config: &ModelConfig, limits: &Limits) -> Option<f64> {
+/// Of the rate at which memory is read, in generating.
+pub fn decode_share(cell: &CellRecord) -> Option<f64> {
+    let (config, limits) = known(cell)?;
     let limit = match &limits.device {
         Some(device) => device.memory_bytes_per_second?,
         None => limits.host.memory_bytes_per_second?,
     };
     let rate = rate(counted_decodes(&cell.samples))?;
-    Some(token_bytes(config, cell.quantization)? * rate / limit)
+    finite(token_bytes(config, cell.quantization)? * rate / limit)
+}
+
+/// What a share takes beside the times.
+fn known(cell: &CellRecord) -> Option<(&ModelConfig, &Limits)> {
+    Some((cell.model.config.as_ref()?, cell.limits.as_ref()?))
+}
+
+fn finite(share: f64) -> Option<f64> {
+    Some(share).filter(|share| share.is_finite())
 }
 
 /// Of the type in which the engine multiplies: one that does so in bf16 is held against the faster of both.

@@ -1,6 +1,6 @@
 //! Charts as SVG: legible in print and for colour-blind people, the same bytes on any machine.
 
-use super::format::plain;
+use super::format::{harmless, plain};
 use crate::accumulate::history::{Point, Trend};
 use crate::compare::figure::Metric;
 use crate::decide::figures::Footprint;
@@ -368,5 +368,5 @@ fn draw_legend<'a>(header: &Area<'a>, plot: &Plot) -> Drawn<'a> {
 }
 
 fn xml(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+    harmless(text).replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }

@@ -29,7 +29,7 @@ pub fn add_filters(environment: &mut Environment) {
 
 /// Text from outside, so that it cannot become markup, end a table cell or start a new line.
 pub fn markdown(text: &str) -> String {
-    escape(&text.split_whitespace().collect::<Vec<_>>().join(" "))
+    escape(&harmless(text))
 }
 
 fn escape(text: &str) -> String {
@@ -50,7 +50,7 @@ fn escape(text: &str) -> String {
 
 /// As [`markdown`], but what stands between single backticks stays code.
 fn with_code(text: &str) -> String {
-    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let text = harmless(text);
     let parts: Vec<&str> = text.split('`').collect();
     let is_paired = parts.len() % 2 == 1 && parts.iter().skip(1).step_by(2).all(|code| !code.is_empty());
     // Two spans that touch would make a fence of two backticks.

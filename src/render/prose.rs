@@ -1,17 +1,27 @@
 //! The sentences of the decision. Each is built from the record; names are made safe for Markdown here.
 
 use super::facts::Facts;
-use super::format::{gb, list, markdown, parameters, plain, points, significant};
+use super::format::{gb, list, markdown, parameters, percent, plain, points, significant};
 use crate::decide::Decision;
+use crate::decide::criteria::Rule;
+use crate::decide::metric::Metric;
 use crate::decide::ranking::{Dominated, Excluded, Lead, Missing, Ranking, Verdict, Winner};
-use crate::decide::score::{Basis, Score};
 
 /// With fewer timed training steps of any engine the report gives no advice beyond the verdict.
 const STEPS_FOR_ADVICE: usize = 6;
 
-/// How the total decides, in one sentence.
-pub const RULE: &str = "An engine wins only if its lowest possible total, with everything unknown at 0, is above \
-the highest possible total of every other engine, with everything unknown at 10; otherwise there is no clear winner.";
+/// How it is decided, in some sentences.
+pub fn rule(rule: &Rule) -> String {
+    format!(
+        "Each framework is represented by the best of its engines. One wins if it is first in at least {} of {} draws \
+         (SMAA-2, Lahdelma and Salminen 2001); otherwise there is no clear winner. In each draw a weight is up to {} times as \
+         large or as small as stated, what was measured varies as the processes of the run did, and what was not measured may \
+         be anything from 0 to 10.",
+        percent(rule.acceptability),
+        rule.draws,
+        plain(rule.weight_factor)
+    )
+}
 
 /// The decision and what speaks beside it, one paragraph each.
 pub fn summary(decision: &Decision) -> Vec<String> {
@@ -44,11 +54,13 @@ fn verdict(ranking: &Ranking) -> String {
                 markdown(engine)
             )
         }
-        Verdict::Winner { engine, margin } => format!(
-            "**Choose {}** (on {model}). With everything that is unknown held against it, it is still {} points \
-             of 10 ahead of every other engine.",
-            markdown(engine),
-            points(*margin)
+        Verdict::Winner { engine, runner_up, acceptability, ahead } => format!(
+            "**Choose {}** (on {model}). It is first in {} of the draws of weights and measurements, and in the middle \
+             draw {} points of 10 ahead of {}.",
+            with_framework(ranking, engine),
+            percent(*acceptability),
+            points(*ahead),
+            with_framework(ranking, runner_up)
         ),
         Verdict::NoClearWinner { obstacle, lead, missing } => {
             no_clear_winner(ranking, obstacle, lead, missing)
@@ -62,13 +74,19 @@ fn no_clear_winner(
     lead: &Option<Lead>,
     missing: &[Missing],
 ) -> String {
-    let engines: Vec<String> = ranking.candidates.iter().map(|c| markdown(&c.engine)).collect();
+    let engines: Vec<String> = ranking.finalists.iter().map(|e| with_framework(ranking, e)).collect();
     let mut text = format!("**No clear winner** between {} on {}.", list(&engines), markdown(&ranking.model));
     match (obstacle, lead) {
         (Some(obstacle), _) => text += &format!(" They cannot be compared: {}.", markdown(obstacle)),
         (None, Some(lead)) => text += &format!(" {}", lead_sentence(lead)),
         (None, None) if is_tie(ranking) => text += " In every criterion that was measured they tie.",
         (None, None) => text += " In what was measured, none is ahead of all others on equal evidence.",
+    }
+    let shares = ranking.by_acceptability();
+    if !shares.is_empty() {
+        let share = |(engine, share): &(&str, f64)| format!("{} in {}", markdown(engine), percent(*share));
+        let shares: Vec<String> = shares.iter().map(share).collect();
+        text += &format!(" First in the draws of weights and measurements: {}.", list(&shares));
     }
     if let Some(engine) = undominated(ranking) {
         text += &match fewest_steps(ranking) {
@@ -79,7 +97,7 @@ fn no_clear_winner(
             _ => format!(
                 " If you must choose now, take {}: {} dominated.",
                 markdown(engine),
-                if engines.len() == 2 { "the other one is" } else { "all others are" }
+                if ranking.candidates.len() == 2 { "the other one is" } else { "all others are" }
             ),
         };
     }
@@ -89,6 +107,14 @@ fn no_clear_winner(
         text += &format!(" To decide, measure what is missing: {}.", list(&names));
     }
     text
+}
+
+/// `candle (as candle-cpu)`, or the engine alone where it is called like its framework.
+pub fn with_framework(ranking: &Ranking, engine: &str) -> String {
+    match ranking.candidate(engine).filter(|c| c.framework != engine) {
+        Some(candidate) => format!("{} (as {})", markdown(&candidate.framework), markdown(engine)),
+        None => markdown(engine),
+    }
 }
 
 /// The engine that is left when the dominated ones are taken away.
@@ -130,7 +156,7 @@ fn beside(ranking: &Ranking, decision: &Decision) -> String {
     if let Some(speed) = ranking.speed.as_ref().filter(|s| s.engines.len() > 1) {
         let (fastest, slowest) = (&speed.engines[0], &speed.engines[speed.engines.len() - 1]);
         sentences.push(format!(
-            "{} trains {} times as fast as {} ({} against {} tokens/s in {}); speed has no score yet.",
+            "{} trains {} times as fast as {} ({} against {} tokens/s in {}).",
             markdown(&fastest.engine),
             significant(fastest.times_the_slowest),
             markdown(&slowest.engine),
@@ -143,11 +169,8 @@ fn beside(ranking: &Ranking, decision: &Decision) -> String {
         .candidates
         .iter()
         .filter_map(|c| {
-            let value = c.scores.iter().find_map(|s| match s {
-                Score::Measured { basis: Basis::Metric { value, .. }, .. } => Some(value * 1e9),
-                _ => None,
-            })?;
-            Some(format!("{} {} GB", markdown(&c.engine), gb(value)))
+            let peak = c.scores.iter().find_map(|s| s.metric(Metric::PeakTrainingMemoryGb))?;
+            Some(format!("{} {} GB", markdown(&c.engine), gb(peak.value * 1e9)))
         })
         .collect();
     if !peaks.is_empty() {
@@ -174,6 +197,49 @@ pub fn dominated(d: &Dominated) -> String {
         markdown(&d.by),
         list(&worse)
     )
+}
+
+/// What follows, and what would change it.
+pub fn conclusion(decision: &Decision) -> Vec<String> {
+    let Some(ranking) = decision.headline() else { return Vec::new() };
+    let mut sentences = Vec::new();
+    sentences.push(match (&ranking.verdict, ranking.first()) {
+        (Verdict::Winner { engine, .. }, _) => {
+            format!("Take {}. The evidence of this run is enough to say so.", with_framework(ranking, engine))
+        }
+        (Verdict::OnlyOne { engine }, _) => format!(
+            "{} is what is left on this machine. Nothing was compared, so that this is no recommendation.",
+            with_framework(ranking, engine)
+        ),
+        (Verdict::NoClearWinner { .. }, Some(engine)) => format!(
+            "The evidence of this run does not settle it. {} is first most often, and to take it is no mistake that this \
+             run could show.",
+            with_framework(ranking, engine)
+        ),
+        _ => "Nothing can be recommended from this run.".to_owned(),
+    });
+    if let Some(found) = &ranking.break_even {
+        let levels = found.criteria.iter().flat_map(|(title, found)| {
+            [&found.below, &found.above].into_iter().flatten().map(move |level| (title, found.weight, level))
+        });
+        let nearest = levels.min_by(|a, b| (a.1 - a.2.weight).abs().total_cmp(&(b.1 - b.2.weight).abs()));
+        sentences.push(match nearest {
+            Some((title, stated, level)) => format!(
+                "It would change if {} counted {} % instead of {} % of what was measured: then {} draws level.",
+                lower(title),
+                points(level.weight),
+                points(stated),
+                with_framework(ranking, &level.engine)
+            ),
+            None => "No weight of a single criterion changes who is first by what was measured.".to_owned(),
+        });
+    }
+    let elsewhere: Vec<String> =
+        decision.targets.iter().filter(|t| !t.is_measured).map(|t| markdown(&t.title)).collect();
+    if !elsewhere.is_empty() {
+        sentences.push(format!("Open is what holds on: {}.", elsewhere.join("; ")));
+    }
+    sentences
 }
 
 /// What the decision does not cover, one sentence each.

@@ -7,7 +7,12 @@ use super::format::{add_filters, link};
 use super::limits::{LimitRow, limit_rows};
 use super::prose;
 use super::quality::{QualityRow, quality_rows};
-use super::tables::ModelTables;
+use super::sections::contrast::{Difference, differences};
+use super::sections::frameworks::{FrameworkSection, sections};
+use super::sections::recommendations::{Recommendation, recommendations};
+use super::sections::risks::{Risk, risks};
+use super::sections::success::{SuccessCriterion, success};
+use super::tables::{LossAgreement, ModelTables};
 use super::trace::{Lines, TraceRow, rows};
 use super::troubles::{Trouble, troubles};
 use super::tuning::{TuningRow, tuning_rows};
@@ -32,6 +37,13 @@ const TEMPLATE: &str = include_str!("../../reports/report.md.j2");
 pub struct Findings {
     pub criteria: Criteria,
     pub decision: Decision,
+    /// One for each framework, by name.
+    pub frameworks: Vec<FrameworkSection>,
+    /// In what the first one differs from the second, and who they are.
+    pub trade_off: Option<TradeOff>,
+    pub recommendations: Vec<Recommendation>,
+    pub success: Vec<SuccessCriterion>,
+    pub risks: Vec<Risk>,
     pub facts: Facts,
     /// Figures of engines that can be compared, by model from large to small.
     pub models: Vec<ModelTables>,
@@ -48,6 +60,14 @@ pub struct Findings {
     /// How memory was measured, by the record's own word.
     pub memory_measures: Vec<String>,
     pub trace: Vec<TraceRow>,
+}
+
+/// The two that are first most often, and what the one has of the other.
+#[derive(Debug, Clone, Serialize)]
+pub struct TradeOff {
+    pub first: String,
+    pub second: String,
+    pub differences: Vec<Difference>,
 }
 
 /// A report that is not on disk yet.
@@ -129,9 +149,16 @@ impl Findings {
             };
             models.iter().rev().filter_map(of_model).collect()
         };
+        let compared_models: Vec<ModelTables> = tables(false);
+        let agreement: Vec<&LossAgreement> = compared_models.iter().flat_map(|m| &m.agreement).collect();
         Self {
             facts: Facts::of(cells, of_jobs(&all)),
-            models: tables(false),
+            frameworks: sections(&jobs, &decision, &criteria),
+            trade_off: trade_off(&decision, &criteria),
+            recommendations: recommendations(cells, &decision),
+            success: success(&jobs, &decision, &criteria, &agreement),
+            risks: risks(cells, &jobs, &decision, &criteria),
+            models: compared_models,
             software: tables(true),
             quality: quality_rows(&all, cells, lines),
             tuning: tuning_rows(&all, lines),
@@ -144,6 +171,19 @@ impl Findings {
             criteria,
         }
     }
+}
+
+fn trade_off(decision: &Decision, criteria: &Criteria) -> Option<TradeOff> {
+    let ranking = decision.headline()?;
+    let shares = ranking.by_acceptability();
+    let (first, second) = (ranking.first()?, shares.iter().map(|(engine, _)| *engine));
+    let second = second.into_iter().find(|engine| *engine != first)?;
+    let (own, other) = (ranking.candidate(first)?, ranking.candidate(second)?);
+    Some(TradeOff {
+        first: prose::with_framework(ranking, first),
+        second: prose::with_framework(ranking, second),
+        differences: differences(own, other, criteria),
+    })
 }
 
 fn memory_measures(cells: &[CellRecord]) -> Vec<String> {
@@ -205,8 +245,9 @@ fn markdown(
     let rendered = template.render(context! {
         f => Serde(findings),
         summary => prose::summary(&findings.decision),
+        conclusion => prose::conclusion(&findings.decision),
         limits => prose::limits(&findings.decision, &findings.facts),
-        rule => prose::RULE,
+        rule => prose::rule(&findings.criteria.decision),
         dominated,
         record => link(&format!("{link_prefix}{record_name}")),
         memory_charts => Serde(linked(Kind::Memory)),

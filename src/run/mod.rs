@@ -9,6 +9,7 @@ pub mod progress;
 mod scenarios;
 pub mod settings;
 
+use crate::adoption::Adoption;
 use crate::interrupt;
 use crate::measure::host::Environment;
 use crate::measure::limits::{HostLimits, Limits};
@@ -35,6 +36,8 @@ pub struct RunContext {
     pub host_limits: Option<HostLimits>,
     /// By engine, those of its GPU.
     pub device_limits: BTreeMap<String, DeviceLimits>,
+    /// By engine.
+    pub adoption: BTreeMap<String, Adoption>,
     pub launcher: Option<String>,
     /// How often a cell that was disturbed is repeated.
     pub repeat_disturbed: u32,
@@ -98,6 +101,7 @@ impl RunContext {
                 passed: verdict.passed(),
                 evidence: verdict.summary(),
             });
+            samples.probes.extend(verdict.probes.iter().cloned());
         }
         let outcome = failure.as_ref().map_or(Outcome::Ok, |(outcome, _)| *outcome);
         let counts = outcome == Outcome::Ok;
@@ -176,6 +180,7 @@ impl RunContext {
                 let device = self.device_limits.get(&cell.engine).copied();
                 Limits { host, device }
             }),
+            adoption: self.adoption.get(&cell.engine).cloned(),
             launcher: self.launcher.clone(),
             attempt: 0,
             host: None,

@@ -7,6 +7,7 @@ use super::limits::machine;
 use super::models::Models;
 use super::progress::Progress;
 use super::settings::Settings;
+use crate::adoption::Adoption;
 use crate::data::dataset::Dataset;
 use crate::engines::{self, stock_form, tuned};
 use crate::interrupt;
@@ -116,6 +117,7 @@ pub fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Resu
         verdicts,
         host_limits: limits.host,
         device_limits: limits.devices,
+        adoption: adoption(&engines)?,
         launcher: settings.workers.launcher.as_ref().map(|launcher| launcher.text.clone()),
         repeat_disturbed: settings.repeat_disturbed,
     };
@@ -173,6 +175,16 @@ fn saying_what_is_waited_for<T>(workers: &Workers, progress: &Progress, work: im
 
 /// After so long a person wonders.
 const SILENCE: Duration = Duration::from_secs(5);
+
+fn adoption(engines: &[(String, usize)]) -> Result<BTreeMap<String, Adoption>> {
+    let mut of_engines = BTreeMap::new();
+    for (engine, _) in engines {
+        if let Some(facts) = Adoption::of_engine(engine)? {
+            of_engines.insert(engine.clone(), facts);
+        }
+    }
+    Ok(of_engines)
+}
 
 fn no_such_form(quantization: Quantization, forms: &[Quantization]) -> Reason {
     let names: Vec<_> = forms.iter().map(|form| format!("`{}`", quantization_name(*form))).collect();

@@ -11,11 +11,12 @@ pub mod reference;
 mod session;
 pub mod tolerance;
 
-use crate::record::{CellError, Outcome};
+use crate::record::{CellError, Outcome, Probe};
 use crate::worker::WorkerCommand;
+use checks::{FULL_CONTEXT, LOGITS, TRAINED_ADAPTER};
 use compare::Deviation;
 use evalfw_engine::protocol::EngineInfo;
-use reference::Reference;
+use reference::{Reference, ReferenceModel};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use tolerance::Tolerances;
@@ -68,6 +69,9 @@ pub struct Verdict {
     /// `ok`, `wrong`, or how the worker failed before all checks were done.
     pub outcome: Outcome,
     pub failure: Option<CellError>,
+    /// What the checks show the engine to be able to do, as in the criteria.
+    #[serde(skip)]
+    pub probes: Vec<Probe>,
     /// Reference model and check → the engine's NF4 evaluation losses, to compare with other engines.
     #[serde(skip)]
     pub nf4_losses: BTreeMap<(String, String), Vec<f64>>,
@@ -82,6 +86,7 @@ impl Verdict {
             checks: Vec::new(),
             outcome: Outcome::Ok,
             failure: None,
+            probes: Vec::new(),
             nf4_losses: BTreeMap::new(),
         }
     }
@@ -116,6 +121,31 @@ impl Verdict {
     }
 }
 
+/// What the reference models, and some of the checks, show an engine to be able to do.
+fn probes(reference: &Reference, checks: &[Check]) -> Vec<Probe> {
+    let shown_by = |name: &str, of: &dyn Fn(&Check) -> bool| -> Option<Probe> {
+        let mut shown = checks.iter().filter(|check| of(check));
+        let first = shown.next()?;
+        let passed = first.passed && shown.all(|check| check.passed);
+        let evidence = format!("{} of {}: {}", first.name, first.model, first.detail);
+        Some(Probe { name: name.to_owned(), passed, evidence })
+    };
+    let of_models = |name: &str, is: &dyn Fn(&ReferenceModel) -> bool| {
+        let models: Vec<&str> = reference.all().filter(|m| is(m)).map(|m| m.name.as_str()).collect();
+        shown_by(name, &|check| models.contains(&check.model.as_str()) && check.name == LOGITS)
+    };
+    [
+        of_models("tied_head", &|model| model.config.tie_word_embeddings),
+        of_models("untied_head", &|model| !model.config.tie_word_embeddings),
+        of_models("sharded_checkpoint", &ReferenceModel::is_sharded),
+        shown_by("load_peft_adapter", &|check| check.name.ends_with(TRAINED_ADAPTER)),
+        shown_by("full_context", &|check| check.name == FULL_CONTEXT),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
 /// Runs the checks on one engine. What goes wrong is part of the verdict.
 pub fn verify(engine: &str, command: &WorkerCommand, reference: &Reference, scope: Scope) -> Verdict {
     let mut verdict = Verdict::new(engine);
@@ -126,6 +156,14 @@ pub fn verify(engine: &str, command: &WorkerCommand, reference: &Reference, scop
             return verdict;
         }
     }
+    for model in reference.only_forward(scope) {
+        if let Err(broken) = checks::run_forward(command, model, &mut verdict) {
+            verdict.outcome = broken.outcome;
+            verdict.failure = Some(broken.error);
+            return verdict;
+        }
+    }
+    verdict.probes = probes(reference, &verdict.checks);
     if verdict.checks.is_empty() || verdict.failed_checks().next().is_some() {
         verdict.outcome = Outcome::Wrong;
     }

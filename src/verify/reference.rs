@@ -223,10 +223,20 @@ impl Reference {
         Self { models: vec![model], _unpacked: Some(folder) }
     }
 
+    pub fn all(&self) -> impl Iterator<Item = &ReferenceModel> {
+        self.models.iter()
+    }
+
     /// Keeps one model only.
     pub fn only(mut self, name: &str) -> Self {
         self.models.retain(|m| m.name == name);
         self
+    }
+
+    /// Those of which the short form looks at the logits alone: their files and heads are of other kinds.
+    pub fn only_forward(&self, scope: Scope) -> Vec<&ReferenceModel> {
+        let checked: Vec<&str> = self.models(scope).iter().map(|model| model.name.as_str()).collect();
+        self.models.iter().filter(|model| !checked.contains(&model.name.as_str())).collect()
     }
 
     pub fn models(&self, scope: Scope) -> Vec<&ReferenceModel> {
@@ -243,6 +253,11 @@ impl ReferenceModel {
     pub fn expecting(&self, Expectations { prompts, losses, gradients }: Expectations) -> Self {
         let losses = Losses { none: losses, nf4: self.losses.nf4.clone() };
         Self { prompts, losses, gradients, ..self.clone() }
+    }
+
+    /// Whether its weights are in several files.
+    pub fn is_sharded(&self) -> bool {
+        self.model.join("model.safetensors.index.json").is_file()
     }
 
     /// Lines of `batches`.

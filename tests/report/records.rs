@@ -73,6 +73,7 @@ impl Engine {
             samples: self.samples(scenario, repetition),
             environment: environment(),
             limits: None,
+            adoption: None,
             launcher: None,
             attempt: 0,
             host: None,

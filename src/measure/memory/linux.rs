@@ -7,7 +7,7 @@ use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub const MEASURE: &str = "pss";
+pub const MEASURE: &str = "tree";
 
 /// Reading proportional sizes walks the page tables: it is done where phases end, where a process came or went, and,
 /// in a tree of several, where the resident sizes have changed by more than this.
@@ -19,6 +19,9 @@ pub struct Watcher {
     /// By process, the part of its resident size that is counted elsewhere, when the proportional sizes were last read.
     shared: BTreeMap<u32, u64>,
     resident_when_read: u64,
+    /// What proportional sizes leave to processes outside of the tree: the code of a program that runs elsewhere as well.
+    /// Known from when the root was alone.
+    outside: u64,
     next_reading: Instant,
     /// Largest of the looks in this phase.
     peak: u64,
@@ -27,7 +30,7 @@ pub struct Watcher {
     cgroup: Option<Cgroup>,
 }
 
-/// Proportional sizes of a tree.
+/// Sizes of a tree in which each page counts once.
 #[derive(Default)]
 struct Reading {
     total: u64,
@@ -41,6 +44,7 @@ impl Watcher {
             root,
             shared: BTreeMap::new(),
             resident_when_read: 0,
+            outside: 0,
             next_reading: Instant::now(),
             peak: 0,
             marks_hold: true,
@@ -129,6 +133,14 @@ impl Watcher {
         self.next_reading = begun + took + (took * COST_DIVISOR).max(Duration::from_millis(1));
         if shared.is_empty() {
             return None;
+        }
+        if shared.len() == 1 {
+            self.outside = resident.saturating_sub(reading.total);
+        }
+        reading.total += self.outside;
+        reading.file += self.outside;
+        if let Some(of_root) = shared.get_mut(&self.root) {
+            *of_root = of_root.saturating_sub(self.outside);
         }
         self.shared = shared;
         self.resident_when_read = resident;

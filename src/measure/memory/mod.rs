@@ -3,7 +3,8 @@
 //! A thread looks at the worker's process tree every 20 ms, or less often where that would cost more than a hundredth
 //! of a core. What a figure is depends on the system, and the record names it:
 //!
-//! - Linux: proportional set size (`pss`): pages that processes share are counted once. The kernel's high-water mark
+//! - Linux (`tree`): resident pages, each once however many processes of the tree share it: the proportional set sizes,
+//!   and what they leave to processes outside of the tree. The kernel's high-water mark
 //!   `VmHWM`, reset where a phase begins, makes the peak of a single process exact between two looks. Of a tree of
 //!   several processes the peak is that of the looks.
 //! - macOS: `phys_footprint`, which holds Metal's buffers as well.
@@ -63,7 +64,7 @@ pub struct PhaseMemory {
 /// Everything that was seen of one worker.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct MemoryFigures {
-    /// What the bytes of phases and timeline are: `pss`, `phys_footprint`, `working_set` or `resident`.
+    /// What the bytes of phases and timeline are: `tree` (until 2026-11-28 `pss`, without what is shared with other programs), `phys_footprint`, `working_set` or `resident`.
     pub measure: String,
     pub phases: Vec<PhaseMemory>,
     pub timeline: Vec<MemoryPoint>,

@@ -6,6 +6,13 @@ use crate::verify::reference::{GreedyToken, Prompt, read_f32};
 use crate::verify::session::Broken;
 use evalfw_engine::protocol::{Decode, Logits, Prefill, TrainingConfig};
 
+/// As the check is called, unquantized.
+pub const LOGITS: &str = "logits";
+/// The same.
+pub const FULL_CONTEXT: &str = "the whole context as a prompt";
+/// The same.
+pub const TRAINED_ADAPTER: &str = "losses with a trained adapter";
+
 impl Bench<'_> {
     pub fn logits(&mut self, tolerance: f64) -> Result<(), Broken> {
         let mut all = Vec::new();
@@ -14,7 +21,7 @@ impl Bench<'_> {
             let place = format!("prompt of {} tokens", prompt.tokens.len());
             all.push(Deviation::new(relative_to_largest(&got, &prompt.logits), place));
         }
-        self.report("logits", Deviation::largest(all), tolerance);
+        self.report(LOGITS, Deviation::largest(all), tolerance);
         Ok(())
     }
 
@@ -23,6 +30,23 @@ impl Bench<'_> {
         let output = self.scratch.path().join("logits.safetensors");
         self.session.call("logits", Logits { tokens: tokens.to_vec(), output: output.clone() })?;
         self.session.harness("logits", read_f32(&output, "logits"))
+    }
+
+    /// A prompt as long as the model's context. The reference has none so long: the token that is chosen has to have the
+    /// largest logit of the engine's own.
+    pub fn full_context(&mut self) -> Result<(), Broken> {
+        let config = &self.model.config;
+        let length = config.max_position_embeddings;
+        let tokens: Vec<u32> = (0..length).map(|i| (i * 7 % config.vocab_size) as u32).collect();
+        let next = self.session.call("prefill", Prefill { tokens: tokens.clone() })?.next;
+        let logits = self.logits_of(&tokens)?;
+        let last = &logits[logits.len().saturating_sub(config.vocab_size)..];
+        let largest = last.iter().fold(f32::NEG_INFINITY, |largest, logit| largest.max(*logit));
+        let chosen = last.get(next as usize).copied().unwrap_or(f32::NEG_INFINITY);
+        let deviation = f64::from(largest - chosen) / f64::from(largest.abs().max(f32::MIN_POSITIVE));
+        let place = format!("a prompt of {length} tokens");
+        self.report(FULL_CONTEXT, Deviation::new(deviation, place), self.tolerances.logits);
+        Ok(())
     }
 
     pub fn decoding(&mut self) -> Result<(), Broken> {
@@ -65,7 +89,7 @@ impl Bench<'_> {
         self.attach(&model.adapter, TrainingConfig::default())?;
         self.batch_losses("losses with adapter", &expected.adapter, adapter)?;
         self.attach(&model.trained_adapter, TrainingConfig::default())?;
-        self.batch_losses("losses with a trained adapter", &expected.trained_adapter, trained)
+        self.batch_losses(TRAINED_ADAPTER, &expected.trained_adapter, trained)
     }
 }
 

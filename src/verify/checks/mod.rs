@@ -4,6 +4,8 @@ mod forward;
 mod native;
 mod training;
 
+pub use forward::{FULL_CONTEXT, LOGITS, TRAINED_ADAPTER};
+
 use super::compare::{Deviation, relative};
 use super::reference::ReferenceModel;
 use super::session::{Broken, Session};
@@ -40,6 +42,19 @@ pub fn run(
     Ok(())
 }
 
+/// The logits of `model` alone, unquantized.
+pub fn run_forward(
+    command: &WorkerCommand,
+    model: &ReferenceModel,
+    verdict: &mut Verdict,
+) -> Result<(), Broken> {
+    let quantization = Quantization::None;
+    let (session, info) = Session::open(command, &model.model, quantization)?;
+    let tolerances = session.harness("hello", Tolerances::of(&info.compute_dtype))?;
+    let scratch = session.harness("scratch", tempfile::tempdir())?;
+    Bench { command, session, scratch, model, quantization, tolerances, verdict }.logits(tolerances.logits)
+}
+
 /// A session with the model loaded in one form, and a folder for what the engine writes.
 struct Bench<'a> {
     command: &'a WorkerCommand,
@@ -60,6 +75,7 @@ impl Bench<'_> {
         if exact {
             self.logits(self.tolerances.logits)?;
             self.decoding()?;
+            self.full_context()?;
         }
         self.losses([self.tolerances.losses; 3])?;
         self.gradients()?;

@@ -1,0 +1,300 @@
+//! SMAA-2: how often each alternative takes each rank, over many draws of the weights and of what was measured.
+//!
+//! After R. Lahdelma and P. Salminen, "SMAA-2: Stochastic Multicriteria Acceptability Analysis for Group Decision
+//! Making", Operations Research 49(3), 2001: rank acceptability indices, central weight vectors and confidence factors.
+//! What was measured is drawn by a bootstrap over the processes; what was not is drawn from all that it can be, alike.
+
+use super::criteria::{Criterion, Rule, Source};
+use super::metric::Metric;
+use super::score::{Basis, Interval, Score};
+use super::value::{BEST, ValueFunction};
+use crate::stats::median;
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+/// An engine with what its scores are drawn from, in the order of the criteria.
+pub struct Alternative<'a> {
+    pub engine: &'a str,
+    scores: Vec<ScoreSource<'a>>,
+}
+
+/// What a score is drawn from.
+enum ScoreSource<'a> {
+    Certain(f64),
+    Between(Interval),
+    /// Each with its share of the criterion, from 0 to 1.
+    Parts(Vec<(f64, PartSource<'a>)>),
+}
+
+enum PartSource<'a> {
+    Unknown,
+    Processes { metric: Metric, figures: &'a [f64], anchors: &'a ValueFunction },
+}
+
+impl<'a> Alternative<'a> {
+    pub fn new(engine: &'a str, criteria: &'a [Criterion], scores: &'a [Score]) -> Self {
+        let scores = criteria.iter().zip(scores).map(|(criterion, score)| source(criterion, score)).collect();
+        Self { engine, scores }
+    }
+
+    /// With scores that are known for sure.
+    #[cfg(test)]
+    fn certain(engine: &'a str, scores: &[f64]) -> Self {
+        Self { engine, scores: scores.iter().map(|score| ScoreSource::Certain(*score)).collect() }
+    }
+
+    fn draw(&self, rng: &mut impl Rng) -> Vec<f64> {
+        self.scores.iter().map(|source| source.draw(rng)).collect()
+    }
+}
+
+fn source<'a>(criterion: &'a Criterion, score: &'a Score) -> ScoreSource<'a> {
+    match (&criterion.source, score) {
+        (Source::Metrics { parts }, Score::Measured { basis: Basis::Metrics { parts: scores }, .. }) => {
+            let part = |(part, score): (&'a super::criteria::Part, &'a super::score::PartScore)| {
+                let from = match &score.measured {
+                    None => PartSource::Unknown,
+                    Some(measured) => PartSource::Processes {
+                        metric: part.metric,
+                        figures: &measured.processes,
+                        anchors: &part.anchors,
+                    },
+                };
+                (part.weight / 100.0, from)
+            };
+            ScoreSource::Parts(parts.iter().zip(scores).map(part).collect())
+        }
+        _ => {
+            let range = score.range();
+            if range.low == range.high {
+                ScoreSource::Certain(range.low)
+            } else {
+                ScoreSource::Between(range)
+            }
+        }
+    }
+}
+
+impl ScoreSource<'_> {
+    fn draw(&self, rng: &mut impl Rng) -> f64 {
+        match self {
+            Self::Certain(score) => *score,
+            Self::Between(range) => range.low + (range.high - range.low) * rng.random::<f64>(),
+            Self::Parts(parts) => parts.iter().map(|(share, part)| share * part.draw(rng)).sum(),
+        }
+    }
+}
+
+impl PartSource<'_> {
+    fn draw(&self, rng: &mut impl Rng) -> f64 {
+        match self {
+            Self::Unknown => BEST * rng.random::<f64>(),
+            Self::Processes { metric, figures, anchors } => {
+                let drawn: Vec<f64> =
+                    figures.iter().map(|_| figures[rng.random_range(..figures.len())]).collect();
+                metric.combined(&drawn).map_or(0.0, |value| anchors.score(value))
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Acceptability {
+    pub draws: usize,
+    pub seed: u64,
+    /// In the order of the alternatives.
+    pub engines: Vec<EngineAcceptability>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct EngineAcceptability {
+    pub engine: String,
+    /// In which share of the draws it is first, second and so on, with weights around the stated ones. Alternatives of
+    /// one total share their ranks.
+    pub ranks: Vec<f64>,
+    /// In which share of the draws it is first with the weights exactly as stated.
+    pub first_as_stated: f64,
+    /// In which share it is first if nothing is known of the weights.
+    pub first_with_any_weights: f64,
+    /// The mean of the weights with which it is first, in percent, of all that there are; `None` if there are none.
+    pub central_weights: Option<Vec<f64>>,
+    /// In which share of the draws of what was measured it is first with those.
+    pub confidence: Option<f64>,
+    /// Half of the draws are above it: its total less the best of the others, with the weights as stated.
+    pub ahead: f64,
+}
+
+/// Weights in percent, in the order of the criteria.
+pub fn acceptability(alternatives: &[Alternative], weights: &[f64], rule: &Rule) -> Acceptability {
+    let count = alternatives.len();
+    let mut rng = ChaCha8Rng::seed_from_u64(rule.seed);
+    let mut ranks = vec![vec![0.0; count]; count];
+    let (mut as_stated, mut any) = (vec![0.0; count], vec![0.0; count]);
+    let mut central = vec![vec![0.0; weights.len()]; count];
+    let mut ahead: Vec<Vec<f64>> = vec![Vec::with_capacity(rule.draws); count];
+    for _ in 0..rule.draws {
+        let scores: Vec<Vec<f64>> = alternatives.iter().map(|a| a.draw(&mut rng)).collect();
+        let around = around(weights, rule.weight_factor, &mut rng);
+        for (engine, shares) in rank_shares(&totals(&scores, &around)).into_iter().enumerate() {
+            ranks[engine].iter_mut().zip(shares).for_each(|(sum, share)| *sum += share);
+        }
+        let stated = totals(&scores, weights);
+        add(&mut as_stated, first_shares(&stated));
+        for (engine, of_engine) in ahead.iter_mut().enumerate() {
+            of_engine.push(lead(&stated, engine));
+        }
+        let free = any_weights(weights.len(), &mut rng);
+        for (engine, share) in first_shares(&totals(&scores, &free)).into_iter().enumerate() {
+            any[engine] += share;
+            central[engine].iter_mut().zip(&free).for_each(|(sum, weight)| *sum += share * weight);
+        }
+    }
+    let draws = rule.draws as f64;
+    let engines = alternatives.iter().enumerate().map(|(engine, alternative)| {
+        let central_weights = (any[engine] > 0.0)
+            .then(|| central[engine].iter().map(|sum| sum / any[engine]).collect::<Vec<f64>>());
+        EngineAcceptability {
+            engine: alternative.engine.to_owned(),
+            ranks: ranks[engine].iter().map(|sum| sum / draws).collect(),
+            first_as_stated: as_stated[engine] / draws,
+            first_with_any_weights: any[engine] / draws,
+            confidence: central_weights.as_ref().map(|w| confidence(alternatives, engine, w, rule)),
+            central_weights,
+            ahead: median(ahead[engine].iter().copied()).unwrap_or(0.0),
+        }
+    });
+    Acceptability { draws: rule.draws, seed: rule.seed, engines: engines.collect() }
+}
+
+/// How often an alternative is first with these weights.
+fn confidence(alternatives: &[Alternative], engine: usize, weights: &[f64], rule: &Rule) -> f64 {
+    let mut rng = ChaCha8Rng::seed_from_u64(rule.seed);
+    let first = (0..rule.draws).map(|_| {
+        let scores: Vec<Vec<f64>> = alternatives.iter().map(|a| a.draw(&mut rng)).collect();
+        first_shares(&totals(&scores, weights))[engine]
+    });
+    first.sum::<f64>() / rule.draws as f64
+}
+
+/// From 0 to 10, with weights that add up to 100.
+fn totals(scores: &[Vec<f64>], weights: &[f64]) -> Vec<f64> {
+    let total = |scores: &Vec<f64>| scores.iter().zip(weights).map(|(s, w)| s * w / 100.0).sum();
+    scores.iter().map(total).collect()
+}
+
+/// Totals that differ by rounding alone are the same.
+const SAME: f64 = 1e-9;
+
+/// Of each alternative the share of each rank: 1 in its own, or parts of those that it shares.
+fn rank_shares(totals: &[f64]) -> Vec<Vec<f64>> {
+    let shares = |own: &f64| {
+        let above = totals.iter().filter(|other| **other > own + SAME).count();
+        let level = totals.iter().filter(|other| (**other - own).abs() <= SAME).count();
+        let share = |rank: usize| match (above..above + level).contains(&rank) {
+            true => 1.0 / level as f64,
+            false => 0.0,
+        };
+        (0..totals.len()).map(share).collect()
+    };
+    totals.iter().map(shares).collect()
+}
+
+fn first_shares(totals: &[f64]) -> Vec<f64> {
+    rank_shares(totals).into_iter().map(|shares| shares[0]).collect()
+}
+
+fn lead(totals: &[f64], engine: usize) -> f64 {
+    let others = totals.iter().enumerate().filter(|(i, _)| *i != engine).map(|(_, total)| *total);
+    totals[engine] - others.fold(f64::NEG_INFINITY, f64::max)
+}
+
+fn add(sums: &mut [f64], values: Vec<f64>) {
+    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+}
+
+/// Each stated weight, made up to `factor` times larger or smaller, and all scaled to 100 again.
+fn around(stated: &[f64], factor: f64, rng: &mut impl Rng) -> Vec<f64> {
+    let changed = |weight: &f64| {
+        let times = 1.0 + (factor - 1.0) * rng.random::<f64>();
+        if rng.random::<bool>() { weight * times } else { weight / times }
+    };
+    scaled(stated.iter().map(changed).collect())
+}
+
+/// Any weights, all alike: the gaps between sorted numbers that are drawn from 0 to 100.
+fn any_weights(count: usize, rng: &mut impl Rng) -> Vec<f64> {
+    let mut cuts: Vec<f64> = (1..count).map(|_| 100.0 * rng.random::<f64>()).collect();
+    cuts.sort_by(f64::total_cmp);
+    cuts.push(100.0);
+    let mut last = 0.0;
+    cuts.into_iter().map(|cut| cut - std::mem::replace(&mut last, cut)).collect()
+}
+
+fn scaled(weights: Vec<f64>) -> Vec<f64> {
+    let sum: f64 = weights.iter().sum();
+    weights.into_iter().map(|weight| 100.0 * weight / sum).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn close(a: f64, b: f64) -> bool {
+        (a - b).abs() < 0.015
+    }
+
+    /// Two criteria, A is better by 6 in the one and B by 3 in the other: with any weights A is first where 6 w > 3 (1 - w),
+    /// which is w > 1/3, and its central weight is the middle of 1/3 to 1.
+    #[test]
+    fn two_alternatives_by_hand() {
+        let alternatives = [Alternative::certain("a", &[9.0, 4.0]), Alternative::certain("b", &[3.0, 7.0])];
+        let rule = Rule { weight_factor: 1.0, ..Rule::default() };
+        let found = acceptability(&alternatives, &[20.0, 80.0], &rule);
+        let [a, b] = &found.engines[..] else { panic!("{found:?}") };
+        assert!(close(a.first_with_any_weights, 2.0 / 3.0), "{a:?}");
+        assert!((a.central_weights.as_ref().unwrap()[0] - 200.0 / 3.0).abs() < 1.0, "{a:?}");
+        assert!((b.central_weights.as_ref().unwrap()[0] - 100.0 / 6.0).abs() < 1.0, "{b:?}");
+        assert_eq!((a.confidence, b.confidence), (Some(1.0), Some(1.0)));
+        // With the weights as stated B has 6.2 against 5.0.
+        assert_eq!((a.ranks.clone(), b.first_as_stated), (vec![0.0, 1.0], 1.0));
+        assert!((b.ahead - 1.2).abs() < 1e-9 && (a.ahead + 1.2).abs() < 1e-9);
+    }
+
+    /// One criterion that is unknown of both: each is first in half of the draws. Known of the one as 7.5: it is first in
+    /// three of four.
+    #[test]
+    fn what_is_unknown_may_be_anything() {
+        let unknown = || ScoreSource::Between(Interval { low: 0.0, high: 10.0 });
+        let alternatives =
+            [Alternative { engine: "a", scores: vec![unknown()] }, Alternative::certain("b", &[7.5])];
+        let found = acceptability(&alternatives, &[100.0], &Rule::default());
+        assert!(close(found.engines[1].ranks[0], 0.75), "{found:?}");
+        let alternatives = ["a", "b"].map(|engine| Alternative { engine, scores: vec![unknown()] });
+        let found = acceptability(&alternatives, &[100.0], &Rule::default());
+        assert!(close(found.engines[0].ranks[0], 0.5), "{found:?}");
+    }
+
+    #[test]
+    fn twins_share_their_ranks_and_each_rank_is_given_once() {
+        let alternatives = [
+            Alternative::certain("a", &[5.0, 5.0]),
+            Alternative::certain("b", &[5.0, 5.0]),
+            Alternative::certain("c", &[1.0, 9.5]),
+        ];
+        let found = acceptability(&alternatives, &[50.0, 50.0], &Rule::default());
+        let [a, b, c] = &found.engines[..] else { panic!("{found:?}") };
+        assert_eq!(a.ranks, b.ranks);
+        for rank in 0..3 {
+            assert!((a.ranks[rank] + b.ranks[rank] + c.ranks[rank] - 1.0).abs() < 1e-9, "{found:?}");
+        }
+        assert!((c.ranks.iter().sum::<f64>() - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_figures() {
+        let alternatives = [Alternative::certain("a", &[9.0, 4.0]), Alternative::certain("b", &[3.0, 7.0])];
+        let once = || acceptability(&alternatives, &[50.0, 50.0], &Rule::default());
+        assert_eq!(once(), once());
+    }
+}
