@@ -74,6 +74,7 @@ fn context() -> RunContext {
         environment: Environment::detect(),
         verdicts: Default::default(),
         host_limits: None,
+        adoption: BTreeMap::new(),
         device_limits: Default::default(),
         launcher: None,
         repeat_disturbed: 2,

@@ -355,12 +355,43 @@ mod tests {
 
     #[test]
     fn a_criterion_needs_exactly_one_source() {
-        assert!(error("not_measured = ", "question2 = ").contains("question2"));
+        assert!(error("question = ", "question2 = ").contains("question2"));
         assert!(error("metric = \"peak_training_memory_gb\"\n", "").contains("metric"));
-        let both = error("metric = ", "not_measured = \"no\"\nmetric = ");
+        let peak = "metric = \"peak_training";
+        let both = error(peak, &format!("not_measured = \"no\"\n{peak}"));
         assert!(both.contains("(memory_efficiency): needs exactly one of"), "{both}");
         assert!(error("\"tied_head\"", "\"untied_head\"").contains("listed twice"));
         assert!(error("\"ease_of_use\"", "\"memory_efficiency\"").contains("used twice"));
+    }
+
+    #[test]
+    fn parts_judgements_and_the_rule_are_checked_by_field() {
+        assert!(
+            error("weight = 60", "weight = 61")
+                .contains("(hardware_optimisation): parts: weight: the weights")
+        );
+        let twice = error("metric = \"prompt_share_percent\"", "metric = \"training_share_percent\"");
+        assert!(twice.contains("parts[1]: metric: training_share_percent is there twice"), "{twice}");
+        assert!(error("acceptability = 0.9", "acceptability = 9.0").contains("decision: acceptability is 9"));
+        let judged = |entry: &str| {
+            let text = format!(
+                "memory_target_gb = 16\n[[criteria]]\nid = \"a\"\ntitle = \"A\"\nquestion = \"?\"\nweight = 100\n\
+                 judgements = [{{ {entry} }}]"
+            );
+            Criteria::parse(&text)
+        };
+        let whole =
+            "engine = \"x\", score = 7, author = \"Ann\", date = \"2026-01-31\", reason = \"tried it\"";
+        assert!(matches!(judged(whole).unwrap().criteria[0].source, Source::Judgement { .. }));
+        for (from, to, field) in [
+            ("score = 7", "score = 11", "judgements[0]: score is 11"),
+            ("2026-01-31", "soon", "judgements[0]: date is \"soon\""),
+            ("\"Ann\"", "\" \"", "judgements[0]: author is empty"),
+            ("reason = \"tried it\"", "resin = 1", "resin"),
+        ] {
+            let message = format!("{:#}", judged(&whole.replace(from, to)).unwrap_err());
+            assert!(message.contains(field), "{message}");
+        }
     }
 
     #[test]

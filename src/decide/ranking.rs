@@ -143,6 +143,7 @@ pub struct Lead {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Missing {
     pub title: String,
+    /// What of the criterion's weight is open, in percent of all.
     pub weight: f64,
     /// The engines of which it is missing, in whole or in part.
     pub engines: Vec<String>,
@@ -171,7 +172,11 @@ impl Ranking {
             None => speed_ratios(&on_model, model, &candidates),
             Some(_) => None,
         };
-        let finalists = finalists(&candidates, speed.as_ref());
+        let dominated = match obstacle {
+            None => dominated(&candidates, criteria, &speeds(&on_model, model, speed.as_ref())),
+            Some(_) => Vec::new(),
+        };
+        let finalists = finalists(&candidates, &dominated, speed.as_ref());
         let winner = |index| match winner(&finalists, index) {
             Winner::Engine { .. } | Winner::Tie if obstacle.is_some() => Winner::NotDecided,
             other => other,
@@ -181,10 +186,7 @@ impl Ranking {
         Self {
             model: model.name.clone(),
             parameters: model.parameters,
-            dominated: match obstacle {
-                None => dominated(&candidates, criteria, &speeds(&on_model, model, speed.as_ref())),
-                Some(_) => Vec::new(),
-            },
+            dominated,
             winners: (0..criteria.criteria.len()).map(winner).collect(),
             break_even: if obstacle.is_none() { break_evens(&finalists, criteria) } else { None },
             verdict: verdict(&finalists, criteria, obstacle, drawn.as_ref()),
@@ -224,10 +226,19 @@ impl Ranking {
     }
 }
 
-/// The best of each framework: by the middle of what its total may be, and of equal ones by the speed of training.
-fn finalists(candidates: &[Candidate], speed: Option<&SpeedRatios>) -> Vec<Candidate> {
+/// The best of each framework that none of its own dominates: by the middle of what its total may be, and of equal ones by
+/// the speed of training.
+fn finalists(
+    candidates: &[Candidate],
+    dominated: &[Dominated],
+    speed: Option<&SpeedRatios>,
+) -> Vec<Candidate> {
+    let framework = |engine: &str| candidates.iter().find(|c| c.engine == engine).map(|c| &c.framework);
+    let is_below_its_own = |c: &Candidate| {
+        dominated.iter().any(|d| d.engine == c.engine && framework(&d.by) == Some(&c.framework))
+    };
     let mut best: Vec<Candidate> = Vec::new();
-    for candidate in candidates {
+    for candidate in candidates.iter().filter(|c| !is_below_its_own(c)) {
         match best.iter_mut().find(|known| known.framework == candidate.framework) {
             Some(known) if is_better(candidate, known, speed) => *known = candidate.clone(),
             Some(_) => {}
@@ -538,8 +549,10 @@ fn missing(candidates: &[Candidate], criteria: &Criteria) -> Vec<Missing> {
     let of_criterion = |(index, criterion): (usize, &super::criteria::Criterion)| {
         let unknown = |c: &&Candidate| c.scores[index].range().low < c.scores[index].range().high;
         let engines: Vec<String> = candidates.iter().filter(unknown).map(|c| c.engine.clone()).collect();
+        let open = |c: &Candidate| (c.scores[index].range().high - c.scores[index].range().low) / BEST;
+        let most = candidates.iter().map(open).fold(0.0, f64::max);
         let title = criterion.title.clone();
-        (!engines.is_empty()).then_some(Missing { title, weight: criterion.weight, engines })
+        (!engines.is_empty()).then_some(Missing { title, weight: criterion.weight * most, engines })
     };
     criteria.criteria.iter().enumerate().filter_map(of_criterion).collect()
 }

@@ -291,6 +291,107 @@ mod tests {
         assert!((c.ranks.iter().sum::<f64>() - 1.0).abs() < 1e-9);
     }
 
+    #[derive(serde::Deserialize)]
+    struct Golden {
+        factor: f64,
+        cases: std::collections::BTreeMap<String, Case>,
+        reversal: Reversal,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Case {
+        weights: Vec<f64>,
+        scores: Vec<Vec<f64>>,
+        totals: Vec<f64>,
+        smaa: Smaa,
+        break_even: BreakEvens,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Smaa {
+        ranks: Vec<Vec<f64>>,
+        first_with_any_weights: Vec<f64>,
+        central_weights: Vec<Option<Vec<f64>>>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct BreakEvens {
+        first: usize,
+        levels: Vec<[Option<f64>; 2]>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Reversal {
+        scores: Vec<Vec<f64>>,
+        irrelevant: Vec<f64>,
+        scaled_before: Vec<f64>,
+        scaled_after: Vec<f64>,
+    }
+
+    fn golden() -> Golden {
+        serde_json::from_str(include_str!("../../tests/decision/golden.json")).unwrap()
+    }
+
+    /// By tests/decision/make.py: pymcdm's weighted sum, and a million draws of numpy.
+    #[test]
+    fn other_implementations_agree() {
+        let golden = golden();
+        let rule = Rule { weight_factor: golden.factor, draws: 40_000, ..Rule::default() };
+        for (name, case) in golden.cases {
+            let found = totals(&case.scores, &case.weights);
+            assert!(found.iter().zip(&case.totals).all(|(a, b)| (a - b).abs() < 1e-9), "{name}: {found:?}");
+            let alternatives: Vec<Alternative> =
+                case.scores.iter().map(|scores| Alternative::certain("engine", scores)).collect();
+            let found = acceptability(&alternatives, &case.weights, &rule);
+            for (engine, found) in found.engines.iter().enumerate() {
+                let ranks = found.ranks.iter().zip(&case.smaa.ranks[engine]);
+                assert!(ranks.into_iter().all(|(a, b)| close(*a, *b)), "{name}: {found:?}");
+                let expected = case.smaa.first_with_any_weights[engine];
+                assert!(close(found.first_with_any_weights, expected), "{name}: {found:?}");
+                if let (Some(found), Some(expected)) =
+                    (&found.central_weights, &case.smaa.central_weights[engine])
+                {
+                    let near = found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 2.0);
+                    assert!(near, "{name}: {found:?} {expected:?}");
+                }
+            }
+            let engines: Vec<(&str, Vec<f64>)> = case.scores.iter().map(|s| ("engine", s.clone())).collect();
+            let levels = crate::decide::breakeven::break_even(&engines, &case.weights, case.break_even.first);
+            for (found, [below, above]) in levels.iter().zip(case.break_even.levels) {
+                let near = |a: &Option<crate::decide::breakeven::Level>, b: Option<f64>| match (a, b) {
+                    (Some(a), Some(b)) => (a.weight - b).abs() < 0.002,
+                    (None, None) => true,
+                    // At the very end of the scale a search may or may not find it.
+                    (Some(level), None) => level.weight < 0.002 || level.weight > 99.998,
+                    (None, Some(_)) => false,
+                };
+                assert!(near(&found.below, below) && near(&found.above, above), "{name}: {found:?}");
+            }
+        }
+    }
+
+    /// Scaling to those present turns the order of two when a third one comes that is worst in all; fixed scores do not.
+    #[test]
+    fn an_irrelevant_alternative_reverses_no_rank() {
+        let Reversal { mut scores, irrelevant, scaled_before, scaled_after } = golden().reversal;
+        assert!(scaled_before[0] > scaled_before[1] && scaled_after[0] < scaled_after[1]);
+        let weights = [50.0, 50.0];
+        let first = |scores: &[Vec<f64>]| {
+            let alternatives: Vec<Alternative> =
+                scores.iter().map(|scores| Alternative::certain("engine", scores)).collect();
+            acceptability(&alternatives, &weights, &Rule::default()).engines
+        };
+        let before = first(&scores);
+        assert_eq!(before[0].first_as_stated, 1.0);
+        scores.push(irrelevant);
+        let after = first(&scores);
+        for (before, after) in before.iter().zip(&after) {
+            assert_eq!(before.first_as_stated, after.first_as_stated);
+            assert!(close(before.ranks[0], after.ranks[0]));
+        }
+        assert_eq!(after[3].ranks, [0.0, 0.0, 0.0, 1.0]);
+    }
+
     #[test]
     fn the_same_seed_gives_the_same_figures() {
         let alternatives = [Alternative::certain("a", &[9.0, 4.0]), Alternative::certain("b", &[3.0, 7.0])];

@@ -102,8 +102,10 @@ fn no_clear_winner(
         };
     }
     if !missing.is_empty() {
-        let names: Vec<String> =
-            missing.iter().map(|m| format!("{} ({} %)", lower(&m.title), plain(m.weight))).collect();
+        let names: Vec<String> = missing
+            .iter()
+            .map(|m| format!("{} ({} %)", lower(&m.title), plain((m.weight * 10.0).round() / 10.0)))
+            .collect();
         text += &format!(" To decide, measure what is missing: {}.", list(&names));
     }
     text
