@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::cmd::{compare, engines, history, limits, merge, run, synth, verify, worker};
+use crate::cmd::{compare, engines, history, limits, merge, run, score, synth, verify, worker};
 use crate::output::note;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -14,10 +14,11 @@ Examples:
   evalfw compare BASE HEAD                 is it faster or slower than before, and is that sure?
   evalfw merge laptop=A server=B --out C   one report, a column for each machine
   evalfw history --metric peak_memory_bytes  how a figure went over the runs in results/
+  evalfw score decision.md                 does a hand-written scorecard add up?
   evalfw limits                            what this machine can do at best
   evalfw engines                           what can run on this machine, and what is missing
 
-Exit codes: 0 done, 1 a cell failed or a figure got worse, 2 bad input, 3 inconclusive, 130 interrupted.";
+Exit codes: 0 done, 1 a cell failed, a figure got worse or a scorecard is wrong, 2 bad input, 3 inconclusive, 130 interrupted.";
 
 /// Measures fine-tuning frameworks on the hardware at hand and writes the decision report.
 #[derive(Parser)]
@@ -34,6 +35,7 @@ enum Command {
     Compare(compare::CompareArgs),
     Merge(merge::MergeArgs),
     History(history::HistoryArgs),
+    Score(score::ScoreArgs),
     Engines(engines::EnginesArgs),
     Limits(limits::LimitsArgs),
     Verify(verify::VerifyArgs),
@@ -53,6 +55,7 @@ pub fn main() -> ExitCode {
         Command::Compare(args) => compare::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::History(args) => history::run(&args),
+        Command::Score(args) => score::run(&args),
         Command::Engines(args) => engines::run(&args),
         Command::Limits(args) => limits::run(&args),
         Command::Verify(args) => verify::run(&args),

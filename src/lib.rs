@@ -20,6 +20,7 @@ pub mod record;
 pub mod render;
 pub mod run;
 pub mod scenario;
+pub mod scorecard;
 pub mod stats;
 pub mod verify;
 pub mod worker;

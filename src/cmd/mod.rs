@@ -7,6 +7,7 @@ pub mod limits;
 pub mod merge;
 pub mod report;
 pub mod run;
+pub mod score;
 pub mod synth;
 pub mod verify;
 pub mod worker;
