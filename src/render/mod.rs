@@ -7,6 +7,7 @@ mod facts;
 pub mod format;
 pub mod hosts;
 mod limits;
+pub mod png;
 mod pools;
 mod prose;
 mod quality;

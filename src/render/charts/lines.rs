@@ -1,66 +1,21 @@
-//! Charts as SVG: legible in print and for colour-blind people, the same bytes on any machine.
+//! Lines over time, steps and runs.
 
-use super::format::{harmless, plain};
+use super::{Area, Chart, Drawn, FONT, GRID, INK, Kind, PALETTE, WIDTH, drawn};
 use crate::accumulate::history::{Point, Trend};
 use crate::compare::figure::Metric;
 use crate::decide::figures::Footprint;
 use crate::decide::jobs::{Job, reference_scenario};
 use crate::measure::metrics::evaluation_curve;
+use crate::render::format::plain;
 use crate::scenario::Scenario;
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use evalfw_engine::protocol::Quantization;
-use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-const WIDTH: u32 = 860;
 const HEIGHT: u32 = 420;
 const HEADER: u32 = 64;
 const MOST_LABELS: usize = 11;
-const FONT: &str = "sans-serif";
-const INK: RGBColor = RGBColor(0x22, 0x22, 0x22);
-const GRID: RGBColor = RGBColor(0xdd, 0xdd, 0xdd);
-
-/// The palette of Okabe and Ito (2008), without yellow, which does not print on white.
-const PALETTE: [RGBColor; 7] = [
-    RGBColor(0x00, 0x72, 0xb2),
-    RGBColor(0xd5, 0x5e, 0x00),
-    RGBColor(0x00, 0x9e, 0x73),
-    RGBColor(0xcc, 0x79, 0xa7),
-    RGBColor(0xe6, 0x9f, 0x00),
-    RGBColor(0x56, 0xb4, 0xe9),
-    RGBColor(0x00, 0x00, 0x00),
-];
-
-/// A picture and its place beside the report.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Chart {
-    pub kind: Kind,
-    /// The model, or the scenario where that brings its own.
-    pub subject: String,
-    /// Relative to the run's folder.
-    pub file: String,
-    pub svg: String,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    Memory,
-    Loss,
-    Quality,
-    Trend,
-}
-
-impl Kind {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Memory => "memory",
-            Self::Loss => "loss",
-            Self::Quality => "quality",
-            Self::Trend => "trend",
-        }
-    }
-}
 
 /// A named line; `style` is its engine's place among all engines, so that an engine looks the same in
 /// every chart.
@@ -276,29 +231,9 @@ fn largest(series: &[Series], of: fn(&(f64, f64)) -> f64) -> f64 {
     series.iter().flat_map(|s| s.points.iter().map(of)).fold(f64::NEG_INFINITY, f64::max)
 }
 
-/// A name as part of a file name.
-fn file_name(subject: &str) -> String {
-    let safe = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
-    subject.chars().map(safe).collect()
-}
-
 fn draw(plot: &Plot, kind: Kind, subject: &str) -> Result<Chart> {
-    let file = format!("charts/{}-{}.svg", kind.name(), file_name(subject));
-    let mut svg = String::new();
-    {
-        let root = SVGBackend::with_string(&mut svg, (WIDTH, HEIGHT)).into_drawing_area();
-        draw_on(&root, plot).map_err(|e| anyhow!("{file}: {e}"))?;
-    }
-    // For readers that do not see the picture.
-    let title = format!("<title>{}</title>\n", xml(&plot.title));
-    if let Some(end) = svg.find(">\n") {
-        svg.insert_str(end + 2, &title);
-    }
-    Ok(Chart { kind, subject: subject.to_owned(), file, svg })
+    drawn(kind, subject, &plot.title, (WIDTH, HEIGHT), |root| draw_on(root, plot))
 }
-
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
 
 fn draw_on<'a>(root: &Area<'a>, plot: &Plot) -> Drawn<'a> {
     root.fill(&WHITE)?;
@@ -365,8 +300,4 @@ fn draw_legend<'a>(header: &Area<'a>, plot: &Plot) -> Drawn<'a> {
         x += 60 + 9 * series.name.chars().count() as i32;
     }
     Ok(())
-}
-
-fn xml(text: &str) -> String {
-    harmless(text).replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
