@@ -3,9 +3,11 @@
 use crate::decide::criteria::Criteria;
 use crate::output::print;
 use crate::record::{self, record_folder};
+use crate::render::page::{Charts, beside, page};
+use crate::render::report::write_file;
 use crate::render::{hosts, report, terminal};
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
 
@@ -13,24 +15,36 @@ use std::process::ExitCode;
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
 Examples:
-  evalfw report results/20261123-101500-default            writes report.md and charts/ into that folder
+  evalfw report results/20261123-101500-default            writes report.md, charts/ and report.html into that folder
   evalfw report results/20261123-101500-default --output - prints the Markdown
+  evalfw report RUN --format html --output page.html       writes the page alone
   evalfw report results/20261123-101500-default --json     prints the decision and all figures as JSON
-  evalfw report RUN --criteria my-criteria.toml       decides by other weights
+  evalfw report RUN --criteria my-criteria.toml            decides by other weights
 
-The report comes from cells.jsonl alone: the same record gives the same bytes on any machine.")]
+The report comes from cells.jsonl alone: the same record gives the same bytes on any machine. The page holds its charts
+and loads nothing, so that it can be sent as one file. Its tables can be sorted.")]
 pub struct ReportArgs {
     /// A run's folder, or its cells.jsonl
     pub run: PathBuf,
-    /// Where to write; `-` prints to standard output [default: report.md in the run's folder]
+    /// Where to write, the page beside the Markdown; `-` prints one of them to standard output [default: report.md in
+    /// the run's folder]
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Write only one of both [default: both; html where --output ends in .html; markdown to standard output]
+    #[arg(long, value_enum, conflicts_with = "json")]
+    pub format: Option<Format>,
     /// Criteria and weights to use instead of the built-in ones
     #[arg(long, value_name = "FILE")]
     pub criteria: Option<PathBuf>,
     /// Print the decision and all figures as JSON, and write no file
     #[arg(long, conflicts_with = "output")]
     pub json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Markdown,
+    Html,
 }
 
 pub fn run(args: &ReportArgs) -> Result<ExitCode> {
@@ -51,12 +65,21 @@ fn render(args: &ReportArgs) -> Result<()> {
         let report = report::render(&args.run, "", &criteria)?;
         return print(&(serde_json::to_string_pretty(&report.findings)? + "\n"));
     }
-    if args.output.as_deref() == Some(Path::new("-")) {
-        return print(&report::render(&args.run, "", &criteria)?.markdown);
+    let (format, to) = (format(args), destination(args)?);
+    match (&to, format) {
+        (To::Output, Some(Format::Html)) => print(&report::render(&args.run, "", &criteria)?.page("")?),
+        (To::Output, _) => print(&report::render(&args.run, "", &criteria)?.markdown),
+        (To::File { path, prefix }, format) => {
+            match format {
+                Some(Format::Html) => {
+                    write_file(path, &report::render(&args.run, prefix, &criteria)?.page(prefix)?)?;
+                }
+                Some(Format::Markdown) => drop(report::write_markdown(&args.run, path, prefix, &criteria)?),
+                None => drop(report::write(&args.run, path, prefix, &criteria)?),
+            }
+            print(&format!("{}\nReport: {}\n", terminal::summary(&cells), written(path, format)))
+        }
     }
-    let (output, prefix) = output(args)?;
-    report::write(&args.run, &output, &prefix, &criteria)?;
-    print(&format!("{}\nReport: {}\n", terminal::summary(&cells), output.display()))
 }
 
 /// Of a record that was merged: figures of different machines are not ranked against each other.
@@ -65,20 +88,54 @@ fn by_host(args: &ReportArgs, criteria: &Criteria) -> Result<()> {
         let report = hosts::findings(&args.run, criteria)?;
         return print(&(serde_json::to_string_pretty(&report)? + "\n"));
     }
-    if args.output.as_deref() == Some(Path::new("-")) {
-        return print(&hosts::markdown(&args.run, "", criteria)?);
+    let format = format(args);
+    let text = |prefix: &str| {
+        let markdown = hosts::markdown(&args.run, prefix, criteria)?;
+        if format == Some(Format::Html) { page(&markdown, &Charts::new()) } else { Ok(markdown) }
+    };
+    match destination(args)? {
+        To::Output => print(&text("")?),
+        To::File { path, prefix } => {
+            match format {
+                Some(_) => write_file(&path, &text(&prefix)?)?,
+                None => hosts::write(&args.run, &path, &prefix, criteria)?,
+            }
+            print(&format!("Report: {}\n", written(&path, format)))
+        }
     }
-    let (output, prefix) = output(args)?;
-    hosts::write(&args.run, &output, &prefix, criteria)?;
-    print(&format!("Report: {}\n", output.display()))
 }
 
-/// Where the report goes, and the way from there to the record.
-fn output(args: &ReportArgs) -> Result<(PathBuf, String)> {
+/// What to write; nothing is both.
+fn format(args: &ReportArgs) -> Option<Format> {
+    let is_page = |path: &PathBuf| path.extension().is_some_and(|e| e == "html");
+    args.format.or_else(|| args.output.as_ref().is_some_and(is_page).then_some(Format::Html))
+}
+
+fn written(path: &Path, format: Option<Format>) -> String {
+    match format {
+        Some(_) => path.display().to_string(),
+        None => format!("{}, {}", path.display(), beside(path).display()),
+    }
+}
+
+enum To {
+    Output,
+    /// `prefix` is the way from the report to the record.
+    File {
+        path: PathBuf,
+        prefix: String,
+    },
+}
+
+fn destination(args: &ReportArgs) -> Result<To> {
+    if args.output.as_deref() == Some(Path::new("-")) {
+        return Ok(To::Output);
+    }
     let folder = record_folder(&args.run);
-    let output = args.output.clone().unwrap_or_else(|| folder.join("report.md"));
-    let prefix = link_prefix(&output, &folder)?;
-    Ok((output, prefix))
+    let name = if format(args) == Some(Format::Html) { "report.html" } else { "report.md" };
+    let path = args.output.clone().unwrap_or_else(|| folder.join(name));
+    let prefix = link_prefix(&path, &folder)?;
+    Ok(To::File { path, prefix })
 }
 
 /// The way from the report's folder to the run's, for links: empty, or ending in `/`.

@@ -1,6 +1,7 @@
 //! The report of a merged record: a column for each host.
 
 use super::format::link;
+use super::page::{self, Charts, page};
 use super::prose;
 use super::report::{collapse_blank_lines, template_environment, write_file};
 use super::trace::{CellRef, Lines};
@@ -169,6 +170,9 @@ pub fn markdown(run: &Path, link_prefix: &str, criteria: &Criteria) -> Result<St
     Ok(collapse_blank_lines(&rendered))
 }
 
+/// Writes the report to `output`, and the same as a page beside it.
 pub fn write(run: &Path, output: &Path, link_prefix: &str, criteria: &Criteria) -> Result<()> {
-    write_file(output, &markdown(run, link_prefix, criteria)?)
+    let markdown = markdown(run, link_prefix, criteria)?;
+    write_file(output, &markdown)?;
+    write_file(&page::beside(output), &page(&markdown, &Charts::new())?)
 }

@@ -1,4 +1,4 @@
-//! What people read: the report in Markdown with its charts, and the summary in the terminal.
+//! What people read: the report in Markdown and as a page, with its charts, and the summary in the terminal.
 //! Everything comes from the record, so that the same record gives the same bytes on any machine.
 
 pub mod charts;
@@ -7,6 +7,7 @@ mod facts;
 pub mod format;
 pub mod hosts;
 mod limits;
+pub mod page;
 pub mod png;
 mod pools;
 mod prose;

@@ -5,6 +5,7 @@ use super::doubts::{Doubt, doubts};
 use super::facts::Facts;
 use super::format::{add_filters, link};
 use super::limits::{LimitRow, limit_rows};
+use super::page::{self, Charts, page};
 use super::prose;
 use super::quality::{QualityRow, quality_rows};
 use super::sections::contrast::{Difference, differences};
@@ -91,8 +92,23 @@ pub fn render(run: &Path, link_prefix: &str, criteria: &Criteria) -> Result<Repo
     Ok(Report { markdown, charts, findings })
 }
 
-/// Renders the report and writes it to `output`, and its charts beside the record.
+impl Report {
+    /// The same as one HTML page, with its charts in it. `link_prefix` is that of [`render`].
+    pub fn page(&self, link_prefix: &str) -> Result<String> {
+        let linked = |chart: &Chart| (link(&format!("{link_prefix}{}", chart.file)), chart.svg.clone());
+        page(&self.markdown, &self.charts.iter().map(linked).collect::<Charts>())
+    }
+}
+
+/// Writes the report to `output`, its charts beside the record, and the same as a page beside `output`.
 pub fn write(run: &Path, output: &Path, link_prefix: &str, criteria: &Criteria) -> Result<Report> {
+    let report = write_markdown(run, output, link_prefix, criteria)?;
+    write_file(&page::beside(output), &report.page(link_prefix)?)?;
+    Ok(report)
+}
+
+/// Writes the report to `output`, and its charts beside the record.
+pub fn write_markdown(run: &Path, output: &Path, link_prefix: &str, criteria: &Criteria) -> Result<Report> {
     let report = render(run, link_prefix, criteria)?;
     let folder = record_folder(run);
     for chart in &report.charts {

@@ -2,5 +2,6 @@
 
 mod decision;
 mod device;
+mod page;
 mod records;
 mod rendering;

@@ -10,7 +10,7 @@ use evalfw_engine::protocol::{DeviceKind, DeviceMemory, Quantization};
 use std::path::{Path, PathBuf};
 
 /// What a run on a machine with two CPU engines, a software adapter and no GPU records.
-fn typical_run() -> Vec<CellRecord> {
+pub fn typical_run() -> Vec<CellRecord> {
     let candle = Engine::new("candle-cpu", 2.31, 3.5);
     let burn = Engine { loss_offset: 0.0004, ..Engine::new("burn-flex", 3.08, 12.25) };
     let wgpu = Engine { software: true, model: tiny(), ..Engine::new("burn-wgpu", 0.31, 0.9) };
@@ -260,7 +260,7 @@ fn a_partial_record_of_loads_alone_renders() {
 }
 
 fn arguments(run: &Path) -> ReportArgs {
-    ReportArgs { run: run.to_owned(), output: None, criteria: None, json: false }
+    ReportArgs { run: run.to_owned(), output: None, format: None, criteria: None, json: false }
 }
 
 #[test]
