@@ -21,8 +21,8 @@ Examples:
   evalfw report results/20261123-101500-default --json     prints the decision and all figures as JSON
   evalfw report RUN --criteria my-criteria.toml            decides by other weights
 
-The report comes from cells.jsonl alone: the same record gives the same bytes on any machine. The page holds its charts
-and loads nothing, so that it can be sent as one file. Its tables can be sorted.")]
+The report comes from cells.jsonl alone: the same record gives the same bytes on any machine.
+The page holds its charts and loads nothing: it can be sent as one file. Its tables can be sorted.")]
 pub struct ReportArgs {
     /// A run's folder, or its cells.jsonl
     pub run: PathBuf,

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// Characters that a cell of a table has on one line: names of engines and jobs are shorter.
-const LONG: usize = 40;
+const LONG: usize = 32;
 
 pub struct Body {
     /// The text of the first heading.
