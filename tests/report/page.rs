@@ -1,6 +1,6 @@
 //! The report as a page: the same as the Markdown, in one file, and safe whatever the names in a record are.
 
-use crate::records::{Engine, ended, infer, write};
+use crate::records::{Engine, ended, write};
 use crate::rendering::typical_run;
 use assert_cmd::Command;
 use base64::Engine as _;
@@ -190,7 +190,7 @@ fn names_and_messages_stay_text() {
             .into_iter()
             .flat_map(|name| Engine::new(Box::leak(name.to_owned().into_boxed_str()), 2.0, 1.0).cells())
             .collect();
-        cells[5] = ended(Engine::new("other", 2.0, 1.0).cell(&infer(), 1), Outcome::Failed, hostile);
+        cells[5] = ended(cells[5].clone(), Outcome::Failed, hostile);
         cells[5].error.as_mut().unwrap().stderr_tail = vec![hostile.to_owned()];
         for cell in &mut cells {
             cell.model.name = hostile.into();
@@ -235,7 +235,7 @@ fn headings_of_one_name_have_ids_of_their_own() {
 fn totals_stand_below_the_rows_that_are_sorted() {
     let parsed = checked(&typical_page());
     let total = text(only(&parsed, "tfoot"));
-    assert!(total.starts_with("Total") && total.contains("100 %"), "{total}");
+    assert!(total.trim().starts_with("Total") && total.contains("100 %"), "{total}");
     assert!(!all(&parsed, "tbody tr").into_iter().any(|row| text(row).starts_with("Total")));
 }
 
