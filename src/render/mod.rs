@@ -3,6 +3,7 @@
 
 pub mod charts;
 mod doubts;
+mod drawings;
 mod facts;
 pub mod format;
 pub mod hosts;

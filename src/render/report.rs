@@ -2,10 +2,12 @@
 
 use super::charts::{self, Chart, Kind};
 use super::doubts::{Doubt, doubts};
+use super::drawings;
 use super::facts::Facts;
 use super::format::{add_filters, link};
 use super::limits::{LimitRow, limit_rows};
 use super::page::{self, Charts, page};
+use super::png::png;
 use super::prose;
 use super::quality::{QualityRow, quality_rows};
 use super::sections::contrast::{Difference, differences};
@@ -86,7 +88,8 @@ pub fn render(run: &Path, link_prefix: &str, criteria: &Criteria) -> Result<Repo
     let cells = record::read(&file)?;
     let lines = Lines::read(&file)?;
     let findings = Findings::of(&cells, &lines, criteria.clone());
-    let charts = draw(&cells, &findings.decision)?;
+    let mut charts = draw(&cells, &findings.decision)?;
+    charts.extend(drawings::of_decision(&findings)?);
     let record_name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let markdown = markdown(&findings, &charts, lines, link_prefix, &record_name)?;
     Ok(Report { markdown, charts, findings })
@@ -112,14 +115,16 @@ pub fn write_markdown(run: &Path, output: &Path, link_prefix: &str, criteria: &C
     let report = render(run, link_prefix, criteria)?;
     let folder = record_folder(run);
     for chart in &report.charts {
-        write_file(&folder.join(&chart.file), &chart.svg)?;
+        let path = folder.join(&chart.file);
+        write_file(&path, &chart.svg)?;
+        write_file(&path.with_extension("png"), png(&chart.svg)?)?;
     }
     write_file(output, &report.markdown)?;
     Ok(report)
 }
 
 /// Writes beside the target and renames: a full disk must not leave half a report where a whole one was.
-pub fn write_file(path: &Path, text: &str) -> Result<()> {
+pub fn write_file(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -127,7 +132,7 @@ pub fn write_file(path: &Path, text: &str) -> Result<()> {
     let write = || {
         std::fs::create_dir_all(parent)?;
         let mut file = tempfile::NamedTempFile::new_in(parent)?;
-        file.write_all(text.as_bytes())?;
+        file.write_all(content.as_ref())?;
         readable_by_all(file.as_file())?;
         file.persist(path).map_err(|e| e.error)?;
         std::io::Result::Ok(())
@@ -268,6 +273,10 @@ fn markdown(
         record => link(&format!("{link_prefix}{record_name}")),
         memory_charts => Serde(linked(Kind::Memory)),
         loss_charts => Serde(linked(Kind::Loss)),
+        stacked_charts => Serde(linked(Kind::Stacked)),
+        acceptability_charts => Serde(linked(Kind::Acceptability)),
+        shares_charts => Serde(linked(Kind::Shares)),
+        predicted_charts => Serde(linked(Kind::Predicted)),
         quality_charts => Serde(linked(Kind::Quality)),
     })?;
     Ok(collapse_blank_lines(&rendered))

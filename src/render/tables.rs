@@ -294,6 +294,7 @@ fn load_rows(jobs: &[&Job], lines: &Lines) -> Vec<LoadRow> {
 #[derive(Debug, Clone, Serialize)]
 pub struct TrainRow {
     pub engine: String,
+    pub quantization: Quantization,
     pub job: String,
     pub outcomes: String,
     pub figures: TrainFigures,
@@ -305,6 +306,7 @@ impl TrainRow {
     fn of(job: &Job, lines: &Lines) -> Option<Self> {
         Some(Self {
             engine: job.engine.to_owned(),
+            quantization: job.quantization,
             job: job.label(),
             outcomes: job.outcomes(),
             figures: TrainFigures::of(job)?,
@@ -390,6 +392,7 @@ fn agreement_on<'a>(label: String, jobs: &[&Job<'a>]) -> Option<LossAgreement> {
 #[derive(Debug, Clone, Serialize)]
 pub struct InferRow {
     pub engine: String,
+    pub quantization: Quantization,
     pub job: String,
     pub outcomes: String,
     pub figures: InferFigures,
@@ -401,6 +404,7 @@ impl InferRow {
     fn of(job: &Job, lines: &Lines) -> Option<Self> {
         Some(Self {
             engine: job.engine.to_owned(),
+            quantization: job.quantization,
             job: job.label(),
             outcomes: job.outcomes(),
             figures: InferFigures::of(job)?,

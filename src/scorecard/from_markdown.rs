@@ -254,7 +254,8 @@ impl<'a> Reading<'a> {
             card.decisions.push(Claim { line, winner: super::Winner::Options(marked) });
             return;
         }
-        for cell in row.iter().enumerate().filter(|(c, _)| *c != self.label).map(|(_, cell)| cell) {
+        let label = self.label;
+        for cell in row.iter().enumerate().filter(|(c, _)| *c != label).map(|(_, cell)| cell) {
             if names::normal(&cell.text) != "no" {
                 let decision = self.claimed(cell, "the decision");
                 card.decisions.extend(decision);

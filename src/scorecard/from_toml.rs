@@ -2,7 +2,7 @@
 
 use super::number::Figure;
 use super::{
-    Candidate, Claim, Criterion, DEFAULT_SCALE, Finding, Kind, Scale, Score, Scorecard, claim, unit_of,
+    Candidate, Claim, Criterion, DEFAULT_SCALE, Scale, Score, Scorecard, claim, unit_of,
 };
 use anyhow::{Result, bail};
 use serde::Deserialize;
