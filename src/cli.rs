@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::cmd::{compare, engines, history, limits, merge, run, score, synth, verify, worker};
+use crate::cmd::{compare, engines, fit, history, limits, merge, run, score, synth, verify, worker};
 use crate::output::note;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -15,6 +15,7 @@ Examples:
   evalfw merge laptop=A server=B --out C   one report, a column for each machine
   evalfw history --metric peak_memory_bytes  how a figure went over the runs in results/
   evalfw score decision.md                 does a hand-written scorecard add up?
+  evalfw fit --model 7b --engine candle-cpu-bf16  what fits into 16 GB, by prediction
   evalfw limits                            what this machine can do at best
   evalfw engines                           what can run on this machine, and what is missing
 
@@ -36,6 +37,7 @@ enum Command {
     Merge(merge::MergeArgs),
     History(history::HistoryArgs),
     Score(score::ScoreArgs),
+    Fit(fit::FitArgs),
     Engines(engines::EnginesArgs),
     Limits(limits::LimitsArgs),
     Verify(verify::VerifyArgs),
@@ -56,6 +58,7 @@ pub fn main() -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::History(args) => history::run(&args),
         Command::Score(args) => score::run(&args),
+        Command::Fit(args) => fit::run(&args),
         Command::Engines(args) => engines::run(&args),
         Command::Limits(args) => limits::run(&args),
         Command::Verify(args) => verify::run(&args),

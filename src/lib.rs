@@ -10,6 +10,7 @@ pub mod compare;
 pub mod data;
 pub mod decide;
 pub mod engines;
+pub mod fit;
 pub mod interrupt;
 pub mod measure;
 pub mod model;

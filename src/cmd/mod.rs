@@ -2,6 +2,7 @@
 
 pub mod compare;
 pub mod engines;
+pub mod fit;
 pub mod history;
 pub mod limits;
 pub mod merge;
