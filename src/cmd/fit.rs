@@ -170,7 +170,8 @@ fn infer_job(args: &FitArgs, prompt_tokens: u64, longest: u64) -> Result<InferJo
             args.generate
         );
     }
-    Ok(InferJob { quantization: args.quantization.into(), prompt_tokens, generated_tokens: args.generate })
+    let quantization = args.quantization.into();
+    Ok(InferJob { quantization, prompt_tokens, generated_tokens: args.generate, prompts: 2 })
 }
 
 /// One job: what it takes.
