@@ -161,6 +161,16 @@ pub fn train(model: &EngineModel, config: &ModelConfig, job: &TrainJob) -> Vec<P
     ]
 }
 
+/// Elements of a position of a prompt: gate, up and their product, and of candle's its packed copy and more that is narrow.
+fn prompt_width(family: Family, widths: &Widths) -> u64 {
+    let [wide, hidden, query] = if family == Family::BurnHost { [3, 2, 0] } else { [4, 5, 2] };
+    sum([
+        product(&[wide, widths.intermediate]),
+        product(&[hidden, widths.hidden]),
+        product(&[query, widths.query]),
+    ])
+}
+
 pub fn infer(model: &EngineModel, config: &ModelConfig, job: &InferJob) -> Vec<Phase> {
     let widths = Widths::of(config);
     let positions = job.prompt_tokens.saturating_add(job.generated_tokens);
@@ -174,9 +184,7 @@ pub fn infer(model: &EngineModel, config: &ModelConfig, job: &InferJob) -> Vec<P
         all.push(part("caches it grew out of", components::key_value_cache(config, before, CACHE_STEP)));
     }
     all.push(part("threads and packing", model.constants.generating));
-    let width =
-        sum([product(&[4, widths.intermediate]), product(&[5, widths.hidden]), product(&[2, widths.query])]);
-    let working_set = product(&[F32, job.prompt_tokens, width]);
+    let working_set = product(&[F32, job.prompt_tokens, prompt_width(model.family, &widths)]);
     // The first prompt is done before the head is narrowed, which then takes its memory.
     let beside = if job.prompts > 1 { working_set } else { working_set.saturating_sub(screen) };
     let prompt: [Component; 1] = [part("working set of the prompt", beside)];
