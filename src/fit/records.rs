@@ -40,7 +40,11 @@ fn of_peers(path: &Path) -> Result<Vec<CellRecord>> {
     let details = peers.measurements.into_iter().filter_map(|measurement| Some(measurement.samples?.detail));
     // Other tools have details of their own.
     let ours = details.filter(|detail| detail.get("cell").is_some());
-    let cells = ours.map(|detail| {
+    let cells = ours.map(|mut detail| {
+        // The course of memory over time is left out there.
+        if let Some(samples) = detail.get_mut("samples").and_then(serde_json::Value::as_object_mut) {
+            samples.entry("memory").or_insert_with(|| serde_json::Value::Array(Vec::new()));
+        }
         serde_path_to_error::deserialize(detail).with_context(|| format!("{}: a cell", path.display()))
     });
     let cells: Vec<CellRecord> = cells.collect::<Result<_>>()?;
