@@ -41,9 +41,11 @@ fn of_peers(path: &Path) -> Result<Vec<CellRecord>> {
     // Other tools have details of their own.
     let ours = details.filter(|detail| detail.get("cell").is_some());
     let cells = ours.map(|mut detail| {
-        // The course of memory over time is left out there.
+        // The course of memory over time and the probes are left out there.
         if let Some(samples) = detail.get_mut("samples").and_then(serde_json::Value::as_object_mut) {
-            samples.entry("memory").or_insert_with(|| serde_json::Value::Array(Vec::new()));
+            for left_out in ["memory", "probes"] {
+                samples.entry(left_out).or_insert_with(|| serde_json::Value::Array(Vec::new()));
+            }
         }
         serde_path_to_error::deserialize(detail).with_context(|| format!("{}: a cell", path.display()))
     });
