@@ -1,10 +1,11 @@
 //! The pictures of the decision: totals by criterion, how often each is first, speeds against the machine's limits.
 
-use super::charts::{Chart, acceptability, shares, stacked};
+use super::charts::{Chart, acceptability, predicted, shares, stacked};
 use super::report::Findings;
 use super::tables::ModelTables;
 use crate::decide::criteria::Criteria;
 use crate::decide::ranking::Ranking;
+use crate::fit::Checked;
 use anyhow::Result;
 use evalfw_engine::protocol::Quantization;
 use std::collections::BTreeMap;
@@ -18,7 +19,18 @@ pub fn of_decision(findings: &Findings) -> Result<Vec<Chart>> {
     for tables in &findings.models {
         all.extend(limits(tables)?);
     }
+    all.extend(predictions(findings)?);
     Ok(all)
+}
+
+fn predictions(findings: &Findings) -> Result<Option<Chart>> {
+    let checked = findings.predictions.iter().flat_map(|p| &p.checked);
+    let point = |c: &Checked| Some((c.engine.clone(), c.predicted? as f64 / 1e9, c.measured? as f64 / 1e9));
+    let points: Vec<(String, f64, f64)> = checked.filter_map(point).collect();
+    if points.is_empty() {
+        return Ok(None);
+    }
+    predicted("all", "Peak memory: predicted against measured", &points).map(Some)
 }
 
 fn totals(ranking: &Ranking, criteria: &Criteria) -> Result<Option<Chart>> {

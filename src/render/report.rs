@@ -12,6 +12,7 @@ use super::prose;
 use super::quality::{QualityRow, quality_rows};
 use super::sections::contrast::{Difference, differences};
 use super::sections::frameworks::{FrameworkSection, sections};
+use super::sections::predictions::{Predictions, predictions};
 use super::sections::recommendations::{Recommendation, recommendations};
 use super::sections::risks::{Risk, risks};
 use super::sections::success::{SuccessCriterion, success};
@@ -44,6 +45,7 @@ pub struct Findings {
     pub frameworks: Vec<FrameworkSection>,
     /// In what the first one differs from the second, and who they are.
     pub trade_off: Option<TradeOff>,
+    pub predictions: Option<Predictions>,
     pub recommendations: Vec<Recommendation>,
     pub success: Vec<SuccessCriterion>,
     pub risks: Vec<Risk>,
@@ -172,13 +174,15 @@ impl Findings {
         };
         let compared_models: Vec<ModelTables> = tables(false);
         let agreement: Vec<&LossAgreement> = compared_models.iter().flat_map(|m| &m.agreement).collect();
+        let predictions = predictions(cells, &jobs, &criteria);
         Self {
             facts: Facts::of(cells, of_jobs(&all)),
             frameworks: sections(&jobs, &decision, &criteria),
             trade_off: trade_off(&decision, &criteria),
             recommendations: recommendations(cells, &decision),
-            success: success(&jobs, &decision, &criteria, &agreement),
-            risks: risks(cells, &jobs, &decision, &criteria),
+            success: success(&jobs, &decision, &criteria, &agreement, predictions.as_ref()),
+            risks: risks(cells, &jobs, &decision, &criteria, predictions.as_ref()),
+            predictions,
             models: compared_models,
             software: tables(true),
             quality: quality_rows(&all, cells, lines),

@@ -243,7 +243,7 @@ fn may_be(card: &Scorecard, stated: Figure, total: Interval) -> bool {
 
 fn winners(card: &Scorecard, totals: &[Interval], findings: &mut Vec<Finding>) {
     for (k, criterion) in card.criteria.iter().enumerate() {
-        for claim in &criterion.winner {
+        if let Some(claim) = &criterion.winner {
             let subject = Subject {
                 of: &format!("{}: ", criterion.name),
                 figure: "score",

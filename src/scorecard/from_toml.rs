@@ -1,9 +1,7 @@
 //! The scorecard as TOML.
 
 use super::number::Figure;
-use super::{
-    Candidate, Claim, Criterion, DEFAULT_SCALE, Scale, Score, Scorecard, claim, unit_of,
-};
+use super::{Candidate, Claim, Criterion, DEFAULT_SCALE, Scale, Score, Scorecard, claim, unit_of};
 use anyhow::{Result, bail};
 use serde::Deserialize;
 use std::collections::BTreeMap;

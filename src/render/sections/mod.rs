@@ -3,6 +3,7 @@
 
 pub mod contrast;
 pub mod frameworks;
+pub mod predictions;
 pub mod recommendations;
 pub mod risks;
 pub mod success;

@@ -8,6 +8,7 @@ use crate::decide::ranking::Ranking;
 use crate::measure::metrics::counted_steps;
 use crate::record::{CellRecord, Outcome};
 use crate::render::format::{gb, markdown, percent, plain};
+use crate::render::sections::predictions::{LARGE_MODEL, Predictions};
 use crate::stats::median;
 use serde::Serialize;
 
@@ -22,14 +23,20 @@ pub struct Risk {
 }
 
 /// Of the engine that the report names first.
-pub fn risks(cells: &[CellRecord], jobs: &[Job], decision: &Decision, criteria: &Criteria) -> Vec<Risk> {
+pub fn risks(
+    cells: &[CellRecord],
+    jobs: &[Job],
+    decision: &Decision,
+    criteria: &Criteria,
+    predictions: Option<&Predictions>,
+) -> Vec<Risk> {
     let Some((ranking, engine)) = decision.headline().and_then(|r| Some((r, r.first()?))) else {
         return Vec::new();
     };
     let own: Vec<&CellRecord> = cells.iter().filter(|c| c.engine == engine).collect();
     [
         other_choice(ranking, engine),
-        memory(ranking, engine, criteria),
+        memory(ranking, engine, criteria, predictions),
         failures(&own),
         Some(numerics(&own)),
         variation(jobs, ranking, engine),
@@ -53,14 +60,23 @@ fn other_choice(ranking: &Ranking, engine: &str) -> Option<Risk> {
     })
 }
 
-fn memory(ranking: &Ranking, engine: &str, criteria: &Criteria) -> Option<Risk> {
+fn memory(
+    ranking: &Ranking,
+    engine: &str,
+    criteria: &Criteria,
+    predictions: Option<&Predictions>,
+) -> Option<Risk> {
+    let large = predictions.and_then(|p| p.large.iter().find(|row| row.engine == engine));
+    let beyond = large.map_or(String::new(), |row| {
+        format!("; predicted for {LARGE_MODEL}: up to {} tokens fit", row.longest)
+    });
     let scores = &ranking.candidate(engine)?.scores;
     let peak = scores.iter().find_map(|s| s.metric(Metric::PeakTrainingMemoryGb))?;
     let target = criteria.memory_target_gb;
     Some(Risk {
         risk: format!("out of memory with a longer sequence or a larger model than {}", markdown(&peak.of)),
         probability: format!("{} of the target is left", percent((1.0 - peak.value / target).max(0.0))),
-        evidence: format!("{} of {} GB at the peak", gb(peak.value * 1e9), plain(target)),
+        evidence: format!("{} of {} GB at the peak{beyond}", gb(peak.value * 1e9), plain(target)),
         remedy: format!("`evalfw fit --engine {engine} --model 7b` tells the longest sequence that fits"),
         cells: peak.cells.clone(),
     })

@@ -8,6 +8,7 @@ use crate::decide::metric::Metric;
 use crate::decide::ranking::Verdict;
 use crate::record::{CellRecord, REFERENCE_PROBE};
 use crate::render::format::{gb, markdown, parameters, percent, plain};
+use crate::render::sections::predictions::Predictions;
 use crate::render::tables::LossAgreement;
 use serde::Serialize;
 
@@ -29,6 +30,7 @@ pub fn success(
     decision: &Decision,
     criteria: &Criteria,
     agreement: &[&LossAgreement],
+    predictions: Option<&Predictions>,
 ) -> Vec<SuccessCriterion> {
     let Some((ranking, engine)) = decision.headline().and_then(|r| Some((r, r.first()?))) else {
         return Vec::new();
@@ -55,7 +57,7 @@ pub fn success(
         ),
         cells: peak.map(|peak| peak.cells.clone()).unwrap_or_default(),
     });
-    all.push(large_model(jobs, engine, criteria, &target));
+    all.push(large_model(jobs, engine, criteria, &target, predictions));
     let apart = agreement.iter().map(|a| a.largest_difference).fold(None, |most: Option<f64>, difference| {
         Some(most.map_or(difference, |most| most.max(difference)))
     });
@@ -93,7 +95,25 @@ fn of_probe(own: &[&CellRecord], name: &str, text: &str) -> SuccessCriterion {
 }
 
 /// The largest model that it trained, if that is a large one.
-fn large_model(jobs: &[Job], engine: &str, criteria: &Criteria, target: &str) -> SuccessCriterion {
+fn large_model(
+    jobs: &[Job],
+    engine: &str,
+    criteria: &Criteria,
+    target: &str,
+    predictions: Option<&Predictions>,
+) -> SuccessCriterion {
+    let predicted = predictions.and_then(|p| Some((p, p.large.iter().find(|row| row.engine == engine)?)));
+    let without = predicted.map_or_else(
+        || "not measured in this run; `evalfw run --suite large` does".to_owned(),
+        |(all, row)| {
+            format!(
+                "not measured in this run; predicted are {} GB at {} tokens, and up to {} tokens fit",
+                gb(row.bytes[0] as f64),
+                all.lengths[0],
+                row.longest
+            )
+        },
+    );
     let is_large = |j: &&Job| j.engine == engine && j.is_kind("train") && j.model.parameters > LARGE;
     let found = jobs.iter().filter(is_large).filter_map(|j| Some((j, Footprint::of_job(j)?)));
     let largest = found
@@ -103,7 +123,7 @@ fn large_model(jobs: &[Job], engine: &str, criteria: &Criteria, target: &str) ->
         text: format!("The 7B model trains within {target} GB"),
         met: largest.map(|(_, bytes, _)| bytes <= criteria.memory_target_bytes()),
         evidence: largest.map_or_else(
-            || "not measured in this run; `evalfw run --suite large` does".to_owned(),
+            || without,
             |(job, bytes, _)| {
                 let size = parameters(job.model.parameters);
                 format!("{} GB in {} of {size} parameters", gb(bytes as f64), markdown(job.scenario))
