@@ -358,6 +358,9 @@ fn obstacle(jobs: &[Job], candidates: &[Candidate]) -> Option<String> {
     if let Some(difference) = differing(|c| build(&c.environment)) {
         return Some(format!("the cells come from different builds of evalfw ({difference})"));
     }
+    if let Some(difference) = differing(definitions) {
+        return Some(format!("the cells define figures in different ways ({difference})"));
+    }
     if let Some(difference) = differing(|c| identity(&c.model)) {
         return Some(format!("the cells are of different models of one name ({difference})"));
     }
@@ -400,6 +403,11 @@ fn build(e: &Environment) -> Vec<Part> {
         ("commit", e.commit.clone().unwrap_or_else(|| "unknown".to_owned())),
         ("features", or_none(&e.features)),
     ]
+}
+
+fn definitions(cell: &CellRecord) -> Vec<Part> {
+    let measure = cell.samples.memory_measure.clone().unwrap_or_else(|| "resident".to_owned());
+    vec![("schema", cell.schema.to_string()), ("memory", measure)]
 }
 
 fn identity(model: &ModelRecord) -> Vec<Part> {

@@ -331,7 +331,8 @@ fn cells_of_other_builds_or_other_models_of_one_name_are_not_compared() {
             other => panic!("{other:?}"),
         }
     };
-    let cases: [(fn(&mut CellRecord), _); 6] = [
+    let cases: [(fn(&mut CellRecord), _); 7] = [
+        (|c| c.samples.memory_measure = Some("pss".into()), "in different ways (memory: pss, resident)"),
         (|c| c.environment.evalfw_version = "0.2.0".into(), "builds of evalfw (version: 0.2.0, 0.1.0)"),
         (|c| c.environment.commit = Some("fedc".into()), "builds of evalfw (commit: fedc, 0123456789ab)"),
         (|c| c.environment.features.truncate(1), "(features: candle, candle and burn)"),
