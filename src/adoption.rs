@@ -46,3 +46,21 @@ impl Adoption {
         (self.public_items > 0).then(|| self.documented_items as f64 / self.public_items as f64)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engines::ENGINES;
+
+    #[test]
+    fn the_built_in_file_is_sound_and_names_engines_that_are() {
+        let all: BTreeMap<String, Adoption> = toml::from_str(BUILT_IN).unwrap();
+        for facts in all.values() {
+            assert!(facts.documented_items <= facts.public_items && !facts.commands.is_empty(), "{facts:?}");
+            for name in &facts.engines {
+                assert!(ENGINES.iter().any(|engine| engine.name == name), "{name}");
+            }
+        }
+        assert_eq!(Adoption::of_engine("no-such-engine").unwrap(), None);
+    }
+}

@@ -325,6 +325,11 @@ fn mend_last_line(path: &Path) -> std::io::Result<()> {
     OpenOptions::new().write(true).open(path)?.set_len(whole as u64)
 }
 
+/// Whether the line ends before its row does.
+fn is_cut(line: &str) -> bool {
+    serde_json::from_str::<serde_json::Value>(line.trim_end()).is_err_and(|error| error.is_eof())
+}
+
 /// Whether a last line without its end is a row all the same: an editor may have left the end out.
 fn is_whole(line: &[u8]) -> bool {
     serde_json::from_slice::<serde_json::Value>(line).is_ok()
@@ -374,7 +379,7 @@ pub fn read(path: &Path) -> Result<Vec<CellRecord>> {
             ),
             older => bail!("{}: schema {older} (this evalfw reads {OLDEST_SCHEMA} to {SCHEMA})", place()),
         }
-        if !is_whole(line.as_bytes()) {
+        if is_cut(&line) {
             bail!(
                 "{} is no row of a record: it was cut or edited. Without that line the rest can be read, and `evalfw run \
                  --resume` makes the cell again",

@@ -277,7 +277,7 @@ fn what_is_there_twice_is_named() {
     let checked = markdown(text);
     assert_eq!(kinds(&checked), [Kind::Duplicate, Kind::Duplicate]);
     assert!(
-        checked.findings[0].text.contains("option a") && checked.findings[1].text.contains("ease of use")
+        checked.findings[0].text.contains("option a") && checked.findings[1].text.contains("ease  of use")
     );
 }
 

@@ -457,7 +457,8 @@ fn the_decision_moves_as_speed_and_memory_do() {
     assert_eq!(winner(&with_limits(&[quick.clone(), twin])), None);
     // Close to the target the memory outweighs the speed, and above it the engine is out.
     let heavy = Engine { peak_gb: 15.5, ..quick.clone() };
-    assert_eq!(winner(&with_limits(&[heavy, slow.clone()])).as_deref(), Some("slow"));
+    let light = Engine::new("light", 6.0, 0.9);
+    assert_eq!(winner(&with_limits(&[heavy, light])).as_deref(), Some("light"));
     let blown = Engine { peak_gb: 16.5, ..quick.clone() };
     let ranking = decide(&with_limits(&[blown, slow.clone()]), &speed_and_memory()).rankings[0].clone();
     assert_eq!(ranking.verdict, Verdict::OnlyOne { engine: "slow".into() });

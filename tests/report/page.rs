@@ -99,7 +99,7 @@ fn markdown_tables(markdown: &str) -> Vec<Vec<String>> {
 }
 
 fn plain(cell: &str) -> String {
-    let mut text = cell.replace("**", "").replace("<br>", "").replace('\\', "");
+    let mut text = cell.replace("**", "").replace("<br>", "").replace(['\\', '`'], "");
     while let Some(middle) = text.find("](") {
         let end = middle + text[middle..].find(')').unwrap();
         text.replace_range(middle..=end, "");
