@@ -2,7 +2,7 @@
 
 use super::figures::Footprint;
 use super::jobs::{Job, reference_scenario};
-use super::work;
+use super::work::{self, Best};
 use crate::adoption::Adoption;
 use crate::record::CellRecord;
 use crate::stats::median;
@@ -38,14 +38,22 @@ pub enum Metric {
 }
 
 /// Where a metric comes from.
-enum From {
+enum Origin {
     /// Of the reference job of this kind, a figure of each process.
     Job {
         kind: &'static str,
-        of_cell: fn(&CellRecord) -> Option<f64>,
+        of_cell: fn(&CellRecord, &Best) -> Option<f64>,
         combine: fn(&[f64]) -> Option<f64>,
     },
     Adoption(fn(&Adoption) -> Option<f64>),
+}
+
+fn of_job(
+    kind: &'static str,
+    of_cell: fn(&CellRecord, &Best) -> Option<f64>,
+    combine: fn(&[f64]) -> Option<f64>,
+) -> Origin {
+    Origin::Job { kind, of_cell, combine }
 }
 
 /// A metric's value with everything it is made of.
@@ -63,9 +71,17 @@ impl Metric {
     const ALL: &[(&str, Metric, &str)] = &[
         ("peak_training_memory_gb", Metric::PeakTrainingMemoryGb, "peak memory in training, GB"),
         ("peak_inference_memory_gb", Metric::PeakInferenceMemoryGb, "peak memory in inference, GB"),
-        ("training_share_percent", Metric::TrainingSharePercent, "training, % of the matrix rate"),
-        ("prompt_share_percent", Metric::PromptSharePercent, "prompt, % of the matrix rate"),
-        ("generating_share_percent", Metric::GeneratingSharePercent, "generating, % of the read rate"),
+        (
+            "training_share_percent",
+            Metric::TrainingSharePercent,
+            "training, % of the machine's best matrix rate",
+        ),
+        ("prompt_share_percent", Metric::PromptSharePercent, "prompt, % of the machine's best matrix rate"),
+        (
+            "generating_share_percent",
+            Metric::GeneratingSharePercent,
+            "generating, % of the machine's best read rate",
+        ),
         ("commands", Metric::Commands, "commands to a first result"),
         ("packages", Metric::Packages, "third-party packages"),
         ("downloaded_megabytes", Metric::DownloadedMegabytes, "download, MB"),
@@ -85,49 +101,44 @@ impl Metric {
         Self::ALL.iter().find(|(_, metric, _)| *metric == self).map_or("", |(_, _, title)| title)
     }
 
-    fn from(self) -> From {
-        let of_job = |kind, of_cell, combine| From::Job { kind, of_cell, combine };
+    fn origin(self) -> Origin {
         match self {
             Self::PeakTrainingMemoryGb => of_job("train", peak_gb, largest),
             Self::PeakInferenceMemoryGb => of_job("infer", peak_gb, largest),
-            Self::TrainingSharePercent => {
-                of_job("train", |cell| Some(100.0 * work::train_share(cell)?), middle)
-            }
-            Self::PromptSharePercent => {
-                of_job("infer", |cell| Some(100.0 * work::prefill_share(cell)?), middle)
-            }
-            Self::GeneratingSharePercent => {
-                of_job("infer", |cell| Some(100.0 * work::decode_share(cell)?), middle)
-            }
-            Self::Commands => From::Adoption(|facts| Some(facts.commands.len() as f64)),
-            Self::Packages => From::Adoption(|facts| Some(facts.packages as f64)),
-            Self::DownloadedMegabytes => From::Adoption(|facts| Some(facts.downloaded_bytes as f64 / 1e6)),
-            Self::BuildCpuSeconds => From::Adoption(|facts| Some(facts.build_cpu_seconds)),
-            Self::GlueLines => From::Adoption(|facts| Some(facts.glue_lines as f64)),
-            Self::DocumentedPercent => From::Adoption(|facts| facts.documented_share().map(|s| 100.0 * s)),
+            // An engine on the CPU leaves the GPU of the machine idle: all are held against the machine's best.
+            Self::TrainingSharePercent => of_job("train", train_percent, middle),
+            Self::PromptSharePercent => of_job("infer", prompt_percent, middle),
+            Self::GeneratingSharePercent => of_job("infer", generating_percent, middle),
+            Self::Commands => Origin::Adoption(|facts| Some(facts.commands.len() as f64)),
+            Self::Packages => Origin::Adoption(|facts| Some(facts.packages as f64)),
+            Self::DownloadedMegabytes => Origin::Adoption(|facts| Some(facts.downloaded_bytes as f64 / 1e6)),
+            Self::BuildCpuSeconds => Origin::Adoption(|facts| Some(facts.build_cpu_seconds)),
+            Self::GlueLines => Origin::Adoption(|facts| Some(facts.glue_lines as f64)),
+            Self::DocumentedPercent => Origin::Adoption(|facts| facts.documented_share().map(|s| 100.0 * s)),
         }
     }
 
     /// The value that some processes' figures stand for; `None` without figures.
     pub fn combined(self, processes: &[f64]) -> Option<f64> {
-        match self.from() {
-            From::Job { combine, .. } => combine(processes),
-            From::Adoption(_) => processes.first().copied(),
+        match self.origin() {
+            Origin::Job { combine, .. } => combine(processes),
+            Origin::Adoption(_) => processes.first().copied(),
         }
     }
 
     /// Of an engine on a model, or why it is not known.
     pub fn measure(self, jobs: &[Job], model: &str, engine: &str) -> Result<Measured, String> {
-        match self.from() {
-            From::Job { kind, of_cell, .. } => {
+        match self.origin() {
+            Origin::Job { kind, of_cell, .. } => {
                 let job = reference_job(jobs, model, engine, kind)?;
-                self.of_job(&job, of_cell)
+                let best = Best::of(jobs.iter().flat_map(|job| job.ok()));
+                self.of_job(&job, |cell| of_cell(cell, &best))
             }
-            From::Adoption(of) => of_adoption(jobs, engine, of),
+            Origin::Adoption(of) => of_adoption(jobs, engine, of),
         }
     }
 
-    fn of_job(self, job: &Job, of_cell: fn(&CellRecord) -> Option<f64>) -> Result<Measured, String> {
+    fn of_job(self, job: &Job, of_cell: impl Fn(&CellRecord) -> Option<f64>) -> Result<Measured, String> {
         let found: Vec<(f64, &CellRecord)> = job.ok().filter_map(|c| Some((of_cell(c)?, c))).collect();
         let processes: Vec<f64> = found.iter().map(|(value, _)| *value).collect();
         let Some(value) = self.combined(&processes) else { return Err(self.why_missing(job)) };
@@ -186,7 +197,19 @@ fn of_adoption(jobs: &[Job], engine: &str, of: fn(&Adoption) -> Option<f64>) -> 
     Ok(Measured { value, of, cells: vec![cell.cell.clone()], processes: vec![value] })
 }
 
-fn peak_gb(cell: &CellRecord) -> Option<f64> {
+fn train_percent(cell: &CellRecord, best: &Best) -> Option<f64> {
+    Some(100.0 * work::train_share(cell)? * work::matrix_limit_of(cell)? / best.flops)
+}
+
+fn prompt_percent(cell: &CellRecord, best: &Best) -> Option<f64> {
+    Some(100.0 * work::prefill_share(cell)? * work::matrix_limit_of(cell)? / best.flops)
+}
+
+fn generating_percent(cell: &CellRecord, best: &Best) -> Option<f64> {
+    Some(100.0 * work::decode_share(cell)? * work::read_limit_of(cell)? / best.bytes_per_second)
+}
+
+fn peak_gb(cell: &CellRecord, _: &Best) -> Option<f64> {
     match Footprint::of_cell(cell) {
         Footprint::Peak { bytes } => Some(bytes as f64 / 1e9),
         Footprint::AtLeast { .. } | Footprint::Unknown => None,

@@ -126,6 +126,42 @@ fn finite(share: f64) -> Option<f64> {
     Some(share).filter(|share| share.is_finite())
 }
 
+/// The rates that the machine has at its best: its fastest matrix products and its fastest memory, be they the CPU's or a
+/// GPU's.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Best {
+    pub flops: f64,
+    pub bytes_per_second: f64,
+}
+
+impl Best {
+    pub fn of<'a>(cells: impl Iterator<Item = &'a CellRecord>) -> Self {
+        cells.filter_map(|cell| cell.limits.as_ref()).fold(Self::default(), |best, limits| {
+            let device = limits.device.unwrap_or_default();
+            let flops = [limits.host.f32_flops, limits.host.bf16_flops, device.f32_flops, device.bf16_flops];
+            let bytes = [limits.host.memory_bytes_per_second, device.memory_bytes_per_second];
+            Self {
+                flops: flops.into_iter().flatten().fold(best.flops, f64::max),
+                bytes_per_second: bytes.into_iter().flatten().fold(best.bytes_per_second, f64::max),
+            }
+        })
+    }
+}
+
+/// The limit that [`train_share`] and [`prefill_share`] are held against.
+pub fn matrix_limit_of(cell: &CellRecord) -> Option<f64> {
+    matrix_limit(cell, cell.limits.as_ref()?)
+}
+
+/// That of [`decode_share`].
+pub fn read_limit_of(cell: &CellRecord) -> Option<f64> {
+    let limits = cell.limits.as_ref()?;
+    match &limits.device {
+        Some(device) => device.memory_bytes_per_second,
+        None => limits.host.memory_bytes_per_second,
+    }
+}
+
 /// Of the type in which the engine multiplies: one that does so in bf16 is held against the faster of both.
 fn matrix_limit(cell: &CellRecord, limits: &Limits) -> Option<f64> {
     let (f32, bf16) = match &limits.device {

@@ -37,7 +37,8 @@ pub(super) fn parse(text: &str, scale: Option<Scale>) -> Result<Scorecard> {
         .iter()
         .try_for_each(|(name, entry)| source.known("scores", name, &entry.scores, &file.weights))?;
     let names: Vec<String> = options.iter().map(|(name, _)| name.get_ref().clone()).collect();
-    for name in file.winners.keys().filter(|name| !file.weights.contains_key(name.get_ref().as_str())) {
+    let is_unknown = |name: &&Spanned<String>| !file.weights.contains_key(name.get_ref().as_str());
+    if let Some(name) = file.winners.keys().find(is_unknown) {
         bail!("line {}: winners: {} is no criterion in [weights]", source.line(name), name.get_ref());
     }
     let mut claimed = |text: &Spanned<String>, of: &str| {

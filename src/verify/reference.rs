@@ -233,10 +233,11 @@ impl Reference {
         self
     }
 
-    /// Those of which the short form looks at the logits alone: their files and heads are of other kinds.
+    /// Those of which the short form looks at the logits alone: their weights are in several files.
     pub fn only_forward(&self, scope: Scope) -> Vec<&ReferenceModel> {
         let checked: Vec<&str> = self.models(scope).iter().map(|model| model.name.as_str()).collect();
-        self.models.iter().filter(|model| !checked.contains(&model.name.as_str())).collect()
+        let is_new = |model: &&ReferenceModel| !checked.contains(&model.name.as_str()) && model.is_sharded();
+        self.models.iter().filter(is_new).collect()
     }
 
     pub fn models(&self, scope: Scope) -> Vec<&ReferenceModel> {

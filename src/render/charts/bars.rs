@@ -280,11 +280,8 @@ mod tests {
         let width = |value: f64| {
             let bars = [("a".to_owned(), vec![value])];
             let svg = stacked("s", "t", &names(&["p"]), &bars, &[], "x").unwrap().svg;
-            let outline = svg
-                .lines()
-                .filter(|l| l.starts_with("<rect") && l.contains("height=\"22\""))
-                .next_back()
-                .unwrap();
+            let outline =
+                svg.lines().rfind(|l| l.starts_with("<rect") && l.contains("height=\"22\"")).unwrap();
             outline.split("width=\"").nth(1).unwrap().split('"').next().unwrap().parse::<i32>().unwrap()
         };
         assert_eq!(width(8.0), 2 * width(4.0));

@@ -217,7 +217,7 @@ fn configuration(train: &TrainScenario) -> Vec<(&'static str, String)> {
     };
     vec![
         ("base", base.to_owned()),
-        ("LoRA", format!("r {}, alpha {}", train.lora_r, plain(f64::from(train.lora_alpha)))),
+        ("LoRA", format!("r {}, alpha {}", train.lora_r, plain(train.lora_alpha))),
         ("LoRA dropout", plain(f64::from(train.lora_dropout))),
         ("target modules", modules.join(", ")),
         ("gradient checkpointing", checkpointing),
