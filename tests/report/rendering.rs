@@ -76,6 +76,20 @@ fn the_committed_record_renders_as_committed() {
     assert_golden("summary.txt", &terminal::summary(&cells));
 }
 
+/// The run that the README shows.
+#[test]
+fn the_committed_run_renders_as_committed() {
+    let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("results/20261124-204355-default");
+    let report = render(&run, "", &Criteria::built_in().unwrap()).unwrap();
+    let committed = |name: &str| std::fs::read_to_string(run.join(name)).unwrap();
+    let hint = "render it again: evalfw report results/20261124-204355-default";
+    assert!(committed("report.md") == report.markdown, "{hint}");
+    assert!(committed("report.html") == report.page("").unwrap(), "{hint}");
+    for chart in &report.charts {
+        assert!(committed(&chart.file) == chart.svg, "{}: {hint}", chart.file);
+    }
+}
+
 #[test]
 fn rendering_twice_gives_the_same_bytes() {
     let (a, b) = (report(&typical_run()), report(&typical_run()));
