@@ -108,13 +108,9 @@ pub fn prefill_share(cell: &CellRecord) -> Option<f64> {
 
 /// Of the rate at which memory is read, in generating.
 pub fn decode_share(cell: &CellRecord) -> Option<f64> {
-    let (config, limits) = known(cell)?;
-    let limit = match &limits.device {
-        Some(device) => device.memory_bytes_per_second?,
-        None => limits.host.memory_bytes_per_second?,
-    };
+    let (config, _) = known(cell)?;
     let rate = rate(counted_decodes(&cell.samples))?;
-    finite(token_bytes(config, cell.quantization)? * rate / limit)
+    finite(token_bytes(config, cell.quantization)? * rate / read_limit_of(cell)?)
 }
 
 /// What a share takes beside the times.

@@ -200,9 +200,8 @@ impl Findings {
 
 fn trade_off(decision: &Decision, criteria: &Criteria) -> Option<TradeOff> {
     let ranking = decision.headline()?;
-    let shares = ranking.by_acceptability();
-    let (first, second) = (ranking.first()?, shares.iter().map(|(engine, _)| *engine));
-    let second = second.into_iter().find(|engine| *engine != first)?;
+    let first = ranking.first()?;
+    let (second, _) = ranking.by_acceptability().into_iter().find(|(engine, _)| *engine != first)?;
     let (own, other) = (ranking.candidate(first)?, ranking.candidate(second)?);
     Some(TradeOff {
         first: prose::with_framework(ranking, first),

@@ -32,24 +32,43 @@ fn fat() -> Engine {
     Engine::new("fat", 11.0, 4.0)
 }
 
-/// Criteria that are all measured: memory alone.
-fn memory_only() -> Criteria {
+const ON_MEMORY: &str = r#"
+    [[criteria]]
+    id = "memory"
+    title = "Memory"
+    question = "How much?"
+    metric = "peak_training_memory_gb"
+    anchors = [
+        { value = 16.0, score = 0.0, reason = "full", source = "the target" },
+        { value = 6.0, score = 10.0, reason = "roomy", source = "the target" },
+    ]
+"#;
+
+/// Against the machine's limit.
+const ON_SPEED: &str = r#"
+    [[criteria]]
+    id = "speed"
+    title = "Speed"
+    question = "How near to the limit?"
+    metric = "training_share_percent"
+    anchors = [
+        { value = 0.0, score = 0.0, reason = "nothing", source = "the limit" },
+        { value = 100.0, score = 10.0, reason = "all", source = "the limit" },
+    ]
+"#;
+
+/// Of these, all of one weight.
+fn criteria_of(criteria: &[&str]) -> Criteria {
+    let weighted = criteria.iter().map(|text| format!("{text}    weight = {}\n", 100 / criteria.len()));
+    let text = "memory_target_gb = 16.0\n".to_owned() + &weighted.collect::<String>();
     let mut file = tempfile::NamedTempFile::new().unwrap();
-    let text = r#"
-        memory_target_gb = 16.0
-        [[criteria]]
-        id = "memory"
-        title = "Memory"
-        question = "How much?"
-        weight = 100
-        metric = "peak_training_memory_gb"
-        anchors = [
-            { value = 16.0, score = 0.0, reason = "full", source = "the target" },
-            { value = 6.0, score = 10.0, reason = "roomy", source = "the target" },
-        ]
-    "#;
     file.write_all(text.as_bytes()).unwrap();
     Criteria::read(file.path()).unwrap()
+}
+
+/// Criteria that are all measured: memory alone.
+fn memory_only() -> Criteria {
+    criteria_of(&[ON_MEMORY])
 }
 
 fn score(ranking: &Ranking, engine: &str, criterion: usize) -> Score {
@@ -398,34 +417,8 @@ fn the_memory_of_a_unified_gpu_is_the_larger_of_both_and_a_lower_bound() {
     assert_eq!(headline(&over).knocked_out[0].reasons[0].rule, Rule::OverMemoryTarget);
 }
 
-/// Speed against the machine's limit, and memory.
 fn speed_and_memory() -> Criteria {
-    let mut file = tempfile::NamedTempFile::new().unwrap();
-    let text = r#"
-        memory_target_gb = 16.0
-        [[criteria]]
-        id = "speed"
-        title = "Speed"
-        question = "How near to the limit?"
-        weight = 50
-        metric = "training_share_percent"
-        anchors = [
-            { value = 0.0, score = 0.0, reason = "nothing", source = "the limit" },
-            { value = 100.0, score = 10.0, reason = "all", source = "the limit" },
-        ]
-        [[criteria]]
-        id = "memory"
-        title = "Memory"
-        question = "How much?"
-        weight = 50
-        metric = "peak_training_memory_gb"
-        anchors = [
-            { value = 16.0, score = 0.0, reason = "full", source = "the target" },
-            { value = 6.0, score = 10.0, reason = "roomy", source = "the target" },
-        ]
-    "#;
-    file.write_all(text.as_bytes()).unwrap();
-    Criteria::read(file.path()).unwrap()
+    criteria_of(&[ON_SPEED, ON_MEMORY])
 }
 
 /// On a machine of 1 TFLOP/s, where the reference step of 0.5 × 10^12 operations takes half a second at best.

@@ -1,5 +1,6 @@
 //! What to do next, as commands.
 
+use super::LARGE;
 use crate::decide::Decision;
 use crate::decide::ranking::Verdict;
 use crate::record::CellRecord;
@@ -49,6 +50,3 @@ pub fn recommendations(cells: &[CellRecord], decision: &Decision) -> Vec<Recomme
     }
     all
 }
-
-/// Parameters of a model that takes a good part of the memory target; the 7B model has 7.6 × 10^9.
-const LARGE: u64 = 7_000_000_000;

@@ -1,5 +1,6 @@
 //! What the choice has to hold, ticked from the record.
 
+use super::LARGE;
 use crate::decide::Decision;
 use crate::decide::criteria::Criteria;
 use crate::decide::figures::Footprint;
@@ -132,5 +133,3 @@ fn large_model(
         cells: largest.map(|(_, _, cell)| vec![cell.cell.clone()]).unwrap_or_default(),
     }
 }
-
-const LARGE: u64 = 7_000_000_000;
