@@ -68,6 +68,9 @@ pub struct CellRecord {
     /// What it took to adopt the framework; `None` if that was not measured of this build.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adoption: Option<Adoption>,
+    /// What a reader of the figures has to know of the engine on this device.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub caveats: Vec<String>,
     /// What the worker was started through, e.g. `srun -n1`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub launcher: Option<String>,

@@ -4,7 +4,7 @@
 use crate::compare::sameness::is_same_machine;
 use crate::data::dataset::Dataset;
 use crate::decide::criteria::Criteria;
-use crate::engines;
+use crate::engines::{EnginesFile, Registry};
 use crate::interrupt;
 use crate::measure::host::Environment;
 use crate::output::{note, print};
@@ -52,7 +52,7 @@ pub struct RunArgs {
     /// Only the suite's cells of these scenarios
     #[arg(long, value_delimiter = ',', value_name = "S,…")]
     scenario: Vec<String>,
-    /// quick, ci, default, full, large, gpu, long, stock, or a file of your own under scenarios/suites
+    /// quick, ci, default, frameworks, full, large, gpu, long, stock, or a file of your own under scenarios/suites
     #[arg(long, default_value = "default")]
     suite: String,
     /// A Hugging Face folder, a hub id, or a size to make with random weights (tiny, 0.5b, … 32b)
@@ -88,6 +88,8 @@ pub struct RunArgs {
     /// Folder of scenario files [default: ./scenarios if it is there, else the built-in ones]
     #[arg(long, value_name = "DIR")]
     scenarios: Option<PathBuf>,
+    #[command(flatten)]
+    engines_file: EnginesFile,
     /// Print the run's record as JSON on standard output
     #[arg(long)]
     json: bool,
@@ -161,7 +163,8 @@ fn check(settings: &Settings) -> Result<()> {
     if settings.engines.is_empty() {
         bail!("engines is empty");
     }
-    settings.engines.iter().try_for_each(|engine| engines::find(engine).map(drop))?;
+    let registry = Registry::with(settings.workers.engines_file.as_deref())?;
+    settings.engines.iter().try_for_each(|engine| registry.find(engine).map(drop))?;
     check_threads(settings.workers.threads)?;
     settings.suite.check()
 }
@@ -182,8 +185,9 @@ fn settings(args: &RunArgs) -> Result<Settings> {
     if let Some(model) = &args.model {
         check_model_is_used(model, &suite)?;
     }
+    let registry = args.engines_file.registry()?;
     for name in &args.engine {
-        engines::find(name)?;
+        registry.find(name)?;
     }
     check_threads(args.threads)?;
     let launcher = args.launcher.as_deref().map(|text| Launcher::parse(text, args.launcher_program.clone()));
@@ -191,7 +195,7 @@ fn settings(args: &RunArgs) -> Result<Settings> {
     let named = !args.engine.is_empty();
     let mut engines: Vec<String> = match named {
         true => args.engine.clone(),
-        false => engines::tuned().map(|e| e.name.to_owned()).collect(),
+        false => registry.of_runs().into_iter().map(str::to_owned).collect(),
     };
     let mut seen = BTreeSet::new();
     engines.retain(|e| seen.insert(e.clone()));
@@ -201,7 +205,11 @@ fn settings(args: &RunArgs) -> Result<Settings> {
         engines_named: named,
         model: args.model.as_deref().map(absolute_if_folder).transpose()?,
         data: args.data.clone().map(std::path::absolute).transpose()?,
-        workers: Workers { threads: args.threads, launcher },
+        workers: Workers {
+            threads: args.threads,
+            launcher,
+            engines_file: registry.file().map(Path::to_owned),
+        },
         no_limits: args.no_limits,
         repeat_disturbed: args.repeat_disturbed.unwrap_or(REPEAT_DISTURBED),
     })

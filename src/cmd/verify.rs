@@ -1,6 +1,6 @@
 //! `evalfw verify`: holds the engines against the independent reference, or, on a model that has none, against each other.
 
-use crate::engines;
+use crate::engines::{self, EnginesFile, Registry};
 use crate::model::{Context as ModelContext, ModelSource};
 use crate::output::{note, print};
 use crate::record::Outcome;
@@ -8,11 +8,11 @@ use crate::verify::agreement::across;
 use crate::verify::derived::derive;
 use crate::verify::reference::Reference;
 use crate::verify::{Check, Scope, Verdict, verify};
-use crate::worker::WorkerCommand;
+use crate::worker::Workers;
 use anyhow::{Result, bail};
 use clap::Args;
 use comfy_table::{Table, presets};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const AFTER_HELP: &str = "\
@@ -47,19 +47,23 @@ pub struct VerifyArgs {
     /// The engine that the others are held against on --model
     #[arg(long, default_value = "candle-cpu", value_name = "E", requires = "model")]
     against: String,
+    #[command(flatten)]
+    engines_file: EnginesFile,
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
+    let registry = args.engines_file.registry()?;
     for name in &args.engine {
-        engines::find(name)?;
+        registry.find(name)?;
     }
+    let workers = Workers { engines_file: registry.file().map(Path::to_owned), ..Workers::default() };
     let named = !args.engine.is_empty();
     let mut names: Vec<&str> = match named {
         true => args.engine.iter().map(String::as_str).collect(),
-        false => engines::unasked().map(|e| e.name).collect(),
+        false => registry.of_verification(),
     };
     let mut scope = if args.short { Scope::Short } else { Scope::Full };
     let reference = match (&args.model, &args.reference) {
@@ -70,7 +74,7 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
                 bail!("{} is what the others are held against; name another engine", args.against);
             }
             scope = Scope::Short;
-            derived(model, &args.against)?
+            derived(model, &args.against, &registry, &workers)?
         }
         (None, Some(folder)) => Reference::read(folder)?,
         (None, None) => Reference::built_in()?,
@@ -78,7 +82,7 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     engines::forget_self_checks(&names)?;
     let mut verdicts = Vec::new();
     for engine in names {
-        let verdict = verify(engine, &WorkerCommand::built_in(engine, None)?, &reference, scope);
+        let verdict = verify(engine, &workers.of_engine(engine)?, &reference, scope);
         if verdict.outcome == Outcome::Unavailable && !named {
             continue;
         }
@@ -104,9 +108,9 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
 }
 
 /// What the engine `against` computes of a model, if it holds against the golden files itself.
-fn derived(model: &str, against: &str) -> Result<Reference> {
-    engines::find(against)?;
-    let command = WorkerCommand::built_in(against, None)?;
+fn derived(model: &str, against: &str, registry: &Registry, workers: &Workers) -> Result<Reference> {
+    registry.find(against)?;
+    let command = workers.of_engine(against)?;
     let verdict = verify(against, &command, &Reference::built_in()?, Scope::Short);
     let exact = verdict.tolerances.is_some_and(|tolerances| tolerances.compute_dtype == "f32");
     if !(verdict.passed() && exact) {

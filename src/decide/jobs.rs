@@ -14,6 +14,8 @@ pub struct Job<'a> {
     pub scenario: &'a str,
     pub parameters: &'a Scenario,
     pub quantization: Quantization,
+    /// The base is in NF4, or the engine has none and took its framework's own format in its place.
+    pub is_qlora: bool,
     /// By repetition; never empty.
     pub cells: Vec<&'a CellRecord>,
 }
@@ -74,6 +76,7 @@ pub fn arrange(cells: &[CellRecord]) -> Vec<Job<'_>> {
                 scenario: &cell.scenario,
                 parameters: &cell.parameters,
                 quantization: cell.quantization,
+                is_qlora: is_qlora(cells, cell),
                 cells: vec![cell],
             }),
         }
@@ -87,6 +90,15 @@ pub fn arrange(cells: &[CellRecord]) -> Vec<Job<'_>> {
         (model, job.engine.to_owned(), size(job.parameters), job.scenario.to_owned(), job.quantization)
     });
     jobs
+}
+
+fn is_qlora(cells: &[CellRecord], cell: &CellRecord) -> bool {
+    let of_engine = || cells.iter().filter(|other| other.engine == cell.engine);
+    match cell.quantization {
+        Quantization::Nf4 => true,
+        Quantization::Native => of_engine().all(|other| other.quantization != Quantization::Nf4),
+        Quantization::None => false,
+    }
 }
 
 /// The jobs that engines are compared on in memory and speed. A scenario with a model of its own asks
@@ -126,7 +138,14 @@ pub fn is_beside_tuned(cells: &[CellRecord], engine: &str) -> bool {
     cells.iter().filter(ran).any(|c| is_stock_form_of(engine, &c.engine))
 }
 
-/// The job that engines are compared on: the largest of its kind with an NF4 base, and for training
+/// Of each engine, the training job that engines are compared on.
+pub fn reference_jobs<'j, 'a>(jobs: &'j [Job<'a>], model: &str) -> Vec<&'j Job<'a>> {
+    let scenario = reference_scenario(jobs, model, "train");
+    let is_reference = |j: &&Job| j.model.name == model && Some(j.scenario) == scenario && j.is_qlora;
+    jobs.iter().filter(is_reference).collect()
+}
+
+/// The job that engines are compared on: the largest of its kind with an NF4 base or what stands for one, and for training
 /// with gradient checkpointing where any job has it. It is chosen by what the run set out to do and
 /// not by what succeeded, so that no engine can choose it by failing.
 pub fn reference_scenario<'a>(jobs: &[Job<'a>], model: &str, kind: &str) -> Option<&'a str> {
@@ -134,8 +153,6 @@ pub fn reference_scenario<'a>(jobs: &[Job<'a>], model: &str, kind: &str) -> Opti
         Scenario::Train(s) => (s.gradient_checkpointing, s.sequence_length * s.batch_size, s.rows_per_step()),
         other => (true, size(other).1, 0),
     };
-    let of_kind = jobs
-        .iter()
-        .filter(|j| j.model.name == model && j.is_kind(kind) && j.quantization == Quantization::Nf4);
+    let of_kind = jobs.iter().filter(|j| j.model.name == model && j.is_kind(kind) && j.is_qlora);
     of_kind.max_by_key(|j| (rank(j.parameters), j.scenario)).map(|j| j.scenario)
 }

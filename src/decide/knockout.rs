@@ -3,7 +3,6 @@
 use super::figures::Footprint;
 use super::jobs::{Job, outcomes};
 use crate::record::{CellRecord, Outcome};
-use evalfw_engine::protocol::Quantization;
 use serde::Serialize;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -66,7 +65,7 @@ fn wrong_numerics(jobs: &[&Job]) -> Option<KnockOut> {
 
 /// Unquantized cells do not count: the target is one for QLoRA.
 fn over_target(jobs: &[&Job], target_bytes: u64) -> Option<KnockOut> {
-    let peaks = jobs.iter().filter(|j| j.quantization == Quantization::Nf4).filter_map(|j| {
+    let peaks = jobs.iter().filter(|j| j.is_qlora).filter_map(|j| {
         let (footprint, cell) = Footprint::of_job(j)?;
         Some((footprint.bytes()?, cell))
     });

@@ -7,7 +7,6 @@ use crate::adoption::Adoption;
 use crate::record::CellRecord;
 use crate::stats::median;
 use anyhow::{Context, Result};
-use evalfw_engine::protocol::Quantization;
 use serde::Serialize;
 
 /// By its name in the criteria file.
@@ -174,12 +173,8 @@ impl Metric {
 fn reference_job<'a>(jobs: &[Job<'a>], model: &str, engine: &str, kind: &str) -> Result<Job<'a>, String> {
     let scenario = reference_scenario(jobs, model, kind)
         .ok_or_else(|| format!("the run holds no {kind} scenario with an NF4 base"))?;
-    let is_reference = |j: &&Job| {
-        j.engine == engine
-            && j.model.name == model
-            && j.scenario == scenario
-            && j.quantization == Quantization::Nf4
-    };
+    let is_reference =
+        |j: &&Job| j.engine == engine && j.model.name == model && j.scenario == scenario && j.is_qlora;
     let job = jobs.iter().find(is_reference);
     job.cloned().ok_or_else(|| format!("the run holds no {scenario} of this engine"))
 }

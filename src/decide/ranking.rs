@@ -10,7 +10,6 @@ use super::smaa::{Acceptability, Alternative, EngineAcceptability, acceptability
 use super::value::BEST;
 use crate::measure::host::Environment;
 use crate::record::{CellRecord, ModelRecord};
-use evalfw_engine::protocol::Quantization;
 use serde::Serialize;
 use std::cmp::Ordering;
 
@@ -301,7 +300,7 @@ fn speed_ratios(jobs: &[Job], model: &ModelRecord, candidates: &[Candidate]) -> 
     let is_candidate = |engine: &str| candidates.iter().any(|c| c.engine == engine);
     let mut speeds: Vec<(&str, Spread)> = jobs
         .iter()
-        .filter(|j| j.scenario == scenario && j.quantization == Quantization::Nf4 && is_candidate(j.engine))
+        .filter(|j| j.scenario == scenario && j.is_qlora && is_candidate(j.engine))
         .filter_map(|j| Some((j.engine, TrainFigures::of(j)?.real_tokens)))
         .collect();
     speeds.sort_by(|a, b| b.1.median.total_cmp(&a.1.median));
@@ -331,7 +330,7 @@ impl Speed<'_> {
 /// Training speed, and both speeds of inference, on the jobs that engines are compared on.
 fn speeds<'a>(jobs: &[Job<'a>], model: &ModelRecord, training: Option<&'a SpeedRatios>) -> Vec<Speed<'a>> {
     let scenario = reference_scenario(jobs, &model.name, "infer");
-    let is_reference = |j: &&Job| Some(j.scenario) == scenario && j.quantization == Quantization::Nf4;
+    let is_reference = |j: &&Job| Some(j.scenario) == scenario && j.is_qlora;
     let figures: Vec<(&str, InferFigures)> =
         jobs.iter().filter(is_reference).filter_map(|j| Some((j.engine, InferFigures::of(j)?))).collect();
     let inference = |of: fn(&InferFigures) -> Option<Spread>| {

@@ -7,7 +7,6 @@ use crate::decide::criteria::Criteria;
 use crate::decide::ranking::Ranking;
 use crate::fit::Checked;
 use anyhow::Result;
-use evalfw_engine::protocol::Quantization;
 use std::collections::BTreeMap;
 
 pub fn of_decision(findings: &Findings) -> Result<Vec<Chart>> {
@@ -56,17 +55,17 @@ fn ranks(ranking: &Ranking) -> Result<Option<Chart>> {
     acceptability(&ranking.model, &title, &engines, &matrix).map(Some)
 }
 
-/// Of the jobs with an NF4 base; of several of one kind the last, which is the largest.
+/// Of the jobs with an NF4 base or what stands for one; of several of one kind the last, which is the largest.
 fn limits(tables: &ModelTables) -> Result<Option<Chart>> {
     let mut found: BTreeMap<String, Vec<Option<f64>>> = BTreeMap::new();
     let mut set = |engine: &str, index: usize, share: Option<f64>| {
         let of_engine = found.entry(engine.to_owned()).or_insert_with(|| vec![None; 3]);
         of_engine[index] = share.or(of_engine[index]);
     };
-    for row in tables.train.iter().filter(|row| row.quantization == Quantization::Nf4) {
+    for row in tables.train.iter().filter(|row| row.is_qlora) {
         set(&row.engine, 0, row.shares.train);
     }
-    for row in tables.infer.iter().filter(|row| row.quantization == Quantization::Nf4) {
+    for row in tables.infer.iter().filter(|row| row.is_qlora) {
         set(&row.engine, 1, row.shares.prefill);
         set(&row.engine, 2, row.shares.decode);
     }

@@ -113,7 +113,7 @@ fn place(quantization: Quantization) -> u8 {
 /// `jobs` are those of one engine and one storage of the base.
 fn verdict(jobs: &[&Job], reference: Option<&str>, target_bytes: u64, lines: &Lines) -> Option<VerdictRow> {
     let first = jobs.first()?;
-    let is_reference = |j: &&&Job| j.quantization == Quantization::Nf4 && Some(j.scenario) == reference;
+    let is_reference = |j: &&&Job| j.is_qlora && Some(j.scenario) == reference;
     let judged = jobs.iter().find(is_reference).copied();
     let others = || jobs.iter().filter(|j| !is_reference(j));
     let (verdict, reason) = match judged {
@@ -183,7 +183,7 @@ fn fit(job: &Job, target_bytes: u64) -> (Fit, Option<String>) {
 
 /// Why there is no reference job among `jobs`.
 fn why_not_judged(jobs: &[&Job], reference: Option<&str>) -> String {
-    let is_nf4 = jobs.iter().any(|j| j.quantization == Quantization::Nf4);
+    let is_nf4 = jobs.iter().any(|j| j.is_qlora);
     match reference {
         _ if !is_nf4 => "the target is for an NF4 base".to_owned(),
         Some(scenario) if jobs.iter().any(|j| j.is_kind("train")) => format!("{scenario} was not run"),
@@ -295,6 +295,9 @@ fn load_rows(jobs: &[&Job], lines: &Lines) -> Vec<LoadRow> {
 pub struct TrainRow {
     pub engine: String,
     pub quantization: Quantization,
+    /// See [`Job::is_qlora`].
+    #[serde(skip)]
+    pub is_qlora: bool,
     pub job: String,
     pub outcomes: String,
     pub figures: TrainFigures,
@@ -307,6 +310,7 @@ impl TrainRow {
         Some(Self {
             engine: job.engine.to_owned(),
             quantization: job.quantization,
+            is_qlora: job.is_qlora,
             job: job.label(),
             outcomes: job.outcomes(),
             figures: TrainFigures::of(job)?,
@@ -393,6 +397,9 @@ fn agreement_on<'a>(label: String, jobs: &[&Job<'a>]) -> Option<LossAgreement> {
 pub struct InferRow {
     pub engine: String,
     pub quantization: Quantization,
+    /// See [`Job::is_qlora`].
+    #[serde(skip)]
+    pub is_qlora: bool,
     pub job: String,
     pub outcomes: String,
     pub figures: InferFigures,
@@ -405,6 +412,7 @@ impl InferRow {
         Some(Self {
             engine: job.engine.to_owned(),
             quantization: job.quantization,
+            is_qlora: job.is_qlora,
             job: job.label(),
             outcomes: job.outcomes(),
             figures: InferFigures::of(job)?,

@@ -6,7 +6,7 @@ use super::scenarios;
 use crate::plan::Cell;
 use crate::record::{self, CellError, Outcome, Samples};
 use crate::worker::{Client, Failure, Workers};
-use evalfw_engine::protocol::{CallType, EngineInfo};
+use evalfw_engine::protocol::{CallType, EngineInfo, Quantization};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -63,6 +63,7 @@ impl Executor for WorkerExecutor {
                     during: String::new(),
                     progress,
                     tunes: false,
+                    quantizations: Vec::new(),
                 };
                 let result = session.run(cell, inputs, &mut execution.info);
                 let stderr_tail = session.client.stderr_tail();
@@ -93,6 +94,8 @@ pub struct Session<'a> {
     progress: &'a Progress,
     /// Whether the engine chooses kernels by measuring.
     pub tunes: bool,
+    /// The forms of the base that it can load.
+    pub quantizations: Vec<Quantization>,
 }
 
 impl Session<'_> {
@@ -105,6 +108,7 @@ impl Session<'_> {
         self.during = "hello".into();
         let answer = self.client.hello()?;
         self.tunes = answer.tunes;
+        self.quantizations.clone_from(&answer.quantizations);
         *info = Some(answer);
         scenarios::run(self, cell, inputs)
     }

@@ -38,6 +38,8 @@ pub struct RunContext {
     pub device_limits: BTreeMap<String, DeviceLimits>,
     /// By engine.
     pub adoption: BTreeMap<String, Adoption>,
+    /// By engine, what a reader of its figures has to know.
+    pub caveats: BTreeMap<String, Vec<String>>,
     pub launcher: Option<String>,
     /// How often a cell that was disturbed is repeated.
     pub repeat_disturbed: u32,
@@ -181,6 +183,7 @@ impl RunContext {
                 Limits { host, device }
             }),
             adoption: self.adoption.get(&cell.engine).cloned(),
+            caveats: self.caveats.get(&cell.engine).cloned().unwrap_or_default(),
             launcher: self.launcher.clone(),
             attempt: 0,
             host: None,

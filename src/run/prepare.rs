@@ -9,7 +9,7 @@ use super::progress::Progress;
 use super::settings::Settings;
 use crate::adoption::Adoption;
 use crate::data::dataset::Dataset;
-use crate::engines::{self, stock_form, tuned};
+use crate::engines::{self, Engine, Registry, stock_form, tuned};
 use crate::interrupt;
 use crate::plan::{Cell, engines_of, interleaved, quantization_name};
 use crate::probe::{Availability, Reason, probe};
@@ -94,10 +94,19 @@ pub fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Resu
         // It takes a software adapter minutes, and the time would say nothing.
         cells.retain(|c| c.scenario.own_model().is_none() || !software_adapters.contains(&c.engine));
     }
+    let info_of = |engine: &str| available.iter().find(|(name, _)| name == engine).map(|(_, info)| info);
+    for cell in &mut cells {
+        let is_stock = stock_form(&cell.engine) == Some(cell.engine.as_str());
+        if let Some(info) = info_of(&cell.engine).filter(|_| !is_stock)
+            && let Some(form) = in_place_of_nf4(cell.scenario.quantization(), &info.quantizations)
+        {
+            cell.scenario = cell.scenario.quantized(form);
+        }
+    }
     cells.retain(|cell| {
         let quantization = cell.scenario.quantization();
-        let info = available.iter().find(|(engine, _)| *engine == cell.engine).map(|(_, info)| info);
-        let Some(info) = info.filter(|info| !info.quantizations.contains(&quantization)) else {
+        let Some(info) = info_of(&cell.engine).filter(|info| !info.quantizations.contains(&quantization))
+        else {
             return true;
         };
         if cell.repetition == 0 {
@@ -118,6 +127,7 @@ pub fn prepare(settings: &Settings, data: &Dataset, progress: &Progress) -> Resu
         host_limits: limits.host,
         device_limits: limits.devices,
         adoption: adoption(&engines)?,
+        caveats: caveats(&available, &settings.workers)?,
         launcher: settings.workers.launcher.as_ref().map(|launcher| launcher.text.clone()),
         repeat_disturbed: settings.repeat_disturbed,
     };
@@ -176,6 +186,26 @@ fn saying_what_is_waited_for<T>(workers: &Workers, progress: &Progress, work: im
 /// After so long a person wonders.
 const SILENCE: Duration = Duration::from_secs(5);
 
+/// What is declared of the engines on the devices that they took, and what they say themselves.
+fn caveats(available: &[(String, EngineInfo)], workers: &Workers) -> Result<BTreeMap<String, Vec<String>>> {
+    let registry = Registry::with(workers.engines_file.as_deref())?;
+    let mut of_engines = BTreeMap::new();
+    for (name, info) in available {
+        let mut all = match registry.find(name)? {
+            Engine::External(external) => external.handicaps(info.device.kind),
+            Engine::BuiltIn(_) => Vec::new(),
+        };
+        if info.own_dropout {
+            all.push("its dropout masks are its framework's own".to_owned());
+        }
+        if !info.quantizations.contains(&Quantization::Nf4) {
+            all.push("it has no NF4: its base is in its framework's own format".to_owned());
+        }
+        of_engines.insert(name.clone(), all);
+    }
+    Ok(of_engines)
+}
+
 fn adoption(engines: &[(String, usize)]) -> Result<BTreeMap<String, Adoption>> {
     let mut of_engines = BTreeMap::new();
     for (engine, _) in engines {
@@ -184,6 +214,12 @@ fn adoption(engines: &[(String, usize)]) -> Result<BTreeMap<String, Adoption>> {
         }
     }
     Ok(of_engines)
+}
+
+/// A framework without NF4 does the job in its own format, as its users do.
+fn in_place_of_nf4(asked_for: Quantization, forms: &[Quantization]) -> Option<Quantization> {
+    let lacks_it = asked_for == Quantization::Nf4 && !forms.contains(&Quantization::Nf4);
+    (lacks_it && forms.contains(&Quantization::Native)).then_some(Quantization::Native)
 }
 
 fn no_such_form(quantization: Quantization, forms: &[Quantization]) -> Reason {

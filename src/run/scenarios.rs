@@ -52,6 +52,11 @@ fn load(session: &mut Session<'_>, inputs: &ModelInputs, quantization: Quantizat
         session.passed("load_nf4", "the seven projections of every layer were quantized while loading");
         session.passed("double_quantization", "the scales of the 4-bit blocks are stored in 8 bits");
     }
+    if quantization == Quantization::Native && !session.has(Quantization::Nf4) {
+        let evidence = "the framework has no NF4; the base was loaded in its own format";
+        session.failed("load_nf4", evidence);
+        session.failed("double_quantization", evidence);
+    }
     Ok(())
 }
 
@@ -212,6 +217,9 @@ fn check_gradients(session: &mut Session<'_>, scenario: &TrainScenario) -> Resul
     if scenario.quantization == Quantization::Nf4 {
         session.passed("train_nf4", &evidence);
     }
+    if scenario.quantization == Quantization::Native && !session.has(Quantization::Nf4) {
+        session.passed("train_nf4", &format!("{evidence}, through the framework's own quantized format"));
+    }
     if scenario.lora_dropout > 0.0 {
         session.passed("lora_dropout", &format!("trained with lora_dropout {}", scenario.lora_dropout));
     }
@@ -302,5 +310,14 @@ fn infer_round(
 impl Session<'_> {
     fn passed(&mut self, name: &str, evidence: &str) {
         self.samples.probes.push(Probe { name: name.into(), passed: true, evidence: evidence.into() });
+    }
+
+    fn failed(&mut self, name: &str, evidence: &str) {
+        self.samples.probes.push(Probe { name: name.into(), passed: false, evidence: evidence.into() });
+    }
+
+    /// Whether the engine can load the base in this form.
+    fn has(&self, form: Quantization) -> bool {
+        self.quantizations.contains(&form)
     }
 }

@@ -39,6 +39,7 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("suites/full.toml", include_str!("../../scenarios/suites/full.toml")),
     ("suites/large.toml", include_str!("../../scenarios/suites/large.toml")),
     ("suites/stock.toml", include_str!("../../scenarios/suites/stock.toml")),
+    ("suites/frameworks.toml", include_str!("../../scenarios/suites/frameworks.toml")),
 ];
 
 impl Library {
@@ -302,7 +303,7 @@ mod tests {
     #[test]
     fn an_unknown_suite_or_scenario_lists_what_there_is() {
         let library = Library::built_in();
-        assert!(error(&library, "quik").contains("default, full, gpu, large, long, quick, stock"));
+        assert!(error(&library, "quik").contains("default, frameworks, full, gpu, large, long, quick, stock"));
         let message = format!("{:#}", library.suite("quick", Some(&["trian".into()])).unwrap_err());
         assert!(message.contains("trian") && message.contains("infer, load, quality, train"), "{message}");
     }

@@ -111,6 +111,18 @@ impl Scenario {
         }
     }
 
+    /// The same with the base in another form.
+    pub fn quantized(&self, form: Quantization) -> Self {
+        let mut other = self.clone();
+        match &mut other {
+            Self::Load(s) => s.quantization = form,
+            Self::Train(s) => s.quantization = form,
+            Self::Infer(s) => s.quantization = form,
+            Self::Quality(s) => s.train.quantization = form,
+        }
+        other
+    }
+
     pub fn timeout_seconds(&self) -> u64 {
         match self {
             Self::Load(s) => s.timeout_seconds,

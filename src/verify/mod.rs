@@ -9,6 +9,7 @@ pub mod derived;
 mod manifest;
 pub mod reference;
 mod session;
+pub mod tokenizer;
 pub mod tolerance;
 
 use crate::record::{CellError, Outcome, Probe};
@@ -19,6 +20,7 @@ use evalfw_engine::protocol::EngineInfo;
 use reference::{Reference, ReferenceModel};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use tokenizer::TOKENIZER;
 use tolerance::Tolerances;
 
 /// How much is checked.
@@ -140,6 +142,7 @@ fn probes(reference: &Reference, checks: &[Check]) -> Vec<Probe> {
         of_models("sharded_checkpoint", &ReferenceModel::is_sharded),
         shown_by("load_peft_adapter", &|check| check.name.ends_with(TRAINED_ADAPTER)),
         shown_by("full_context", &|check| check.name == FULL_CONTEXT),
+        shown_by("tokenizer", &|check| check.name == TOKENIZER),
     ]
     .into_iter()
     .flatten()
@@ -164,6 +167,13 @@ pub fn verify(engine: &str, command: &WorkerCommand, reference: &Reference, scop
             verdict.failure = Some(broken.error);
             return verdict;
         }
+    }
+    if let Some(cases) = &reference.tokenizer
+        && let Err(broken) = cases.check(command, &mut verdict)
+    {
+        verdict.outcome = broken.outcome;
+        verdict.failure = Some(broken.error);
+        return verdict;
     }
     verdict.probes = probes(reference, &verdict.checks);
     if verdict.checks.is_empty() || verdict.failed_checks().next().is_some() {

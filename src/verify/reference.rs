@@ -2,6 +2,7 @@
 //! and checked against their digests before anything is held against them.
 
 use super::manifest::Manifest;
+use super::tokenizer::TokenizerCases;
 use super::{Scope, completeness};
 use anyhow::{Context, Result, bail};
 use evalfw_engine::config::ModelConfig;
@@ -23,6 +24,8 @@ const SHORT_MODEL: &str = "untied-6q3kv";
 /// The reference on disk, for workers to load from.
 pub struct Reference {
     models: Vec<ReferenceModel>,
+    /// `None` where the reference has none.
+    pub tokenizer: Option<TokenizerCases>,
     _unpacked: Option<TempDir>,
 }
 
@@ -215,12 +218,12 @@ impl Reference {
         if models.is_empty() {
             bail!("{}: no reference model", golden.display());
         }
-        Ok(Self { models, _unpacked: None })
+        Ok(Self { models, tokenizer: TokenizerCases::read(&golden.join("tokenizer"))?, _unpacked: None })
     }
 
     /// One model, whose files are in a temporary folder.
     pub fn derived(model: ReferenceModel, folder: TempDir) -> Self {
-        Self { models: vec![model], _unpacked: Some(folder) }
+        Self { models: vec![model], tokenizer: None, _unpacked: Some(folder) }
     }
 
     pub fn all(&self) -> impl Iterator<Item = &ReferenceModel> {
@@ -241,11 +244,15 @@ impl Reference {
     }
 
     pub fn models(&self, scope: Scope) -> Vec<&ReferenceModel> {
-        let short = self.models.iter().find(|m| m.name == SHORT_MODEL).or(self.models.first());
         match scope {
             Scope::Full => self.models.iter().collect(),
-            Scope::Short => short.into_iter().collect(),
+            Scope::Short => self.short().into_iter().collect(),
         }
+    }
+
+    /// The model of the short form.
+    pub fn short(&self) -> Option<&ReferenceModel> {
+        self.models.iter().find(|m| m.name == SHORT_MODEL).or(self.models.first())
     }
 }
 

@@ -10,6 +10,7 @@ use crate::measure::watch::{Observations, Observer};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
@@ -59,9 +60,9 @@ enum Event {
 }
 
 /// Serves until the worker or the harness ends.
-pub fn serve(engine: &str, threads: Option<usize>) -> Result<ExitCode> {
+pub fn serve(engine: &str, threads: Option<usize>, engines_file: Option<&Path>) -> Result<ExitCode> {
     let oom_kills = host_oom_kills();
-    let command = WorkerCommand::built_in(engine, threads).context("where is this program?")?;
+    let command = WorkerCommand::here(engine, threads, engines_file).context("where is this program?")?;
     let mut process =
         Process::start(&command, Stderr::PassedOn).context("the worker could not be started")?;
     let mut observer = Some(Observer::start(process.pid()));

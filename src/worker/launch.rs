@@ -12,6 +12,9 @@ pub struct Workers {
     pub threads: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub launcher: Option<Launcher>,
+    /// Where engines are declared that are not built in; an absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engines_file: Option<PathBuf>,
 }
 
 /// A command that runs the words after its own on the worker's side, with standard input and output passed through.
@@ -66,18 +69,20 @@ impl Launcher {
 
 impl Workers {
     pub fn of_threads(threads: Option<usize>) -> Self {
-        Self { threads, launcher: None }
+        Self { threads, ..Self::default() }
     }
 
-    /// This program again, as the worker of a built-in engine.
+    /// This program again, as the worker of an engine or as what becomes it.
     pub fn of_engine(&self, engine: &str) -> std::io::Result<WorkerCommand> {
         let Some(launcher) = &self.launcher else {
-            return WorkerCommand::built_in(engine, self.threads);
+            return WorkerCommand::here(engine, self.threads, self.engines_file.as_deref());
         };
         let threads = self.threads.map(|threads| threads.to_string());
+        let engines_file = self.engines_file.as_ref().map(|file| file.display().to_string());
         let mut arguments = vec!["worker", engine, "--agent"];
         // Not every launcher hands on the environment.
         arguments.extend(threads.iter().flat_map(|threads| ["--threads", threads]));
+        arguments.extend(engines_file.iter().flat_map(|file| ["--engines-file", file]));
         let (program, arguments) = launcher.command(&arguments)?;
         Ok(WorkerCommand { program, arguments, environment: Vec::new(), agent: true })
     }
@@ -90,7 +95,7 @@ mod tests {
     #[test]
     fn a_launcher_keeps_its_own_words_before_those_of_the_worker() {
         let launcher = Launcher::parse("ssh -o 'User=a b' host", Some("/opt/evalfw".into())).unwrap();
-        let workers = Workers { threads: Some(3), launcher: Some(launcher) };
+        let workers = Workers { launcher: Some(launcher), ..Workers::of_threads(Some(3)) };
         let command = workers.of_engine("candle-cpu").unwrap();
         assert_eq!(command.program, PathBuf::from("ssh"));
         let expected =

@@ -4,12 +4,13 @@ pub mod agent;
 mod client;
 mod failure;
 mod launch;
+mod leftovers;
 mod process;
 
 pub use client::Client;
 pub use failure::Failure;
 pub use launch::{Launcher, LauncherError, Workers};
-pub use process::{WorkerCommand, kill_all};
+pub use process::{Line, Process, Stderr, WorkerCommand, kill_all};
 
 /// Processes that the kernel has killed for memory since it booted, to tell such an end from a plain kill.
 fn host_oom_kills() -> Option<u64> {

@@ -1,5 +1,6 @@
 //! A child process in a process group of its own, with its pipes.
 
+use super::leftovers;
 use std::collections::{BTreeSet, VecDeque};
 use std::ffi::OsString;
 use std::fs::File;
@@ -30,12 +31,15 @@ pub struct WorkerCommand {
 }
 
 impl WorkerCommand {
-    /// This program again, as the worker of a built-in engine.
-    pub fn built_in(engine: &str, threads: Option<usize>) -> std::io::Result<Self> {
+    /// This program again, as the worker of an engine or as what becomes it.
+    pub fn here(engine: &str, threads: Option<usize>, engines_file: Option<&Path>) -> std::io::Result<Self> {
         let environment = threads.map(|n| ("RAYON_NUM_THREADS".into(), n.to_string().into()));
+        let mut arguments: Vec<OsString> = vec!["worker".into(), engine.into()];
+        arguments
+            .extend(engines_file.iter().flat_map(|file| ["--engines-file".into(), OsString::from(file)]));
         Ok(Self {
             program: std::env::current_exe()?,
-            arguments: vec!["worker".into(), engine.into()],
+            arguments,
             environment: environment.into_iter().collect(),
             agent: false,
         })
@@ -61,6 +65,8 @@ pub struct Process {
     stderr: Arc<Mutex<VecDeque<String>>>,
     stderr_reader: Option<JoinHandle<()>>,
     ended: Option<ExitStatus>,
+    /// What its children are known by.
+    mark: String,
 }
 
 /// What the reader of standard output saw.
@@ -75,10 +81,12 @@ impl Process {
             Stderr::Kept(log) => log.map(File::create).transpose()?,
             Stderr::PassedOn => None,
         };
+        let mark = leftovers::mark();
         let mut spawn = Command::new(&command.program);
         spawn
             .args(&command.arguments)
             .envs(command.environment.iter().map(|(k, v)| (k, v)))
+            .env(leftovers::VARIABLE, &mark)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(match stderr {
@@ -100,7 +108,16 @@ impl Process {
         let stderr_reader =
             stderr.map(|stderr| std::thread::spawn(move || copy_stderr(stderr, log, &shared)));
         let has_far_end = command.agent;
-        Ok(Self { child, stdin: Some(stdin), has_far_end, lines, stderr: tail, stderr_reader, ended: None })
+        Ok(Self {
+            child,
+            stdin: Some(stdin),
+            has_far_end,
+            lines,
+            stderr: tail,
+            stderr_reader,
+            ended: None,
+            mark,
+        })
     }
 
     pub fn pid(&self) -> u32 {
@@ -113,6 +130,11 @@ impl Process {
         stdin.write_all(line.as_bytes())?;
         stdin.write_all(b"\n")?;
         stdin.flush()
+    }
+
+    /// Ends its standard input.
+    pub fn close(&mut self) {
+        self.stdin = None;
     }
 
     pub fn lines(&self) -> &Receiver<Line> {
@@ -162,6 +184,7 @@ impl Drop for Process {
         }
         // Even if the worker itself has ended, a child of it may live on in its group.
         kill_group(self.pid());
+        leftovers::kill(&self.mark);
         // The kill cannot be refused; waiting only clears the entry in the process table.
         let _ = self.child.wait();
         live().remove(&self.pid());

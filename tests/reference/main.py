@@ -1,6 +1,6 @@
 """Makes every golden file.
 
-    main.py FOLDER         of the models in models.py, and of NF4
+    main.py FOLDER         of the models in models.py, of NF4 and of a tokenizer
     main.py FOLDER SEED    of random other models
 """
 
@@ -28,6 +28,7 @@ import masks
 import models
 import nf4
 import nf4_cases
+import tokenizer
 import training
 
 
@@ -37,6 +38,7 @@ OTHER_MODELS = 3
 def main(folder: Path) -> None:
     settle_torch()
     make_nf4(folder / "nf4")
+    tokenizer.make(folder / "tokenizer")
     for spec in models.SPECS:
         print(spec.name, flush=True)
         make_model(spec, folder / spec.name)

@@ -53,6 +53,8 @@ impl Workspace {
     pub fn evalfw(&self) -> Command {
         let mut command = Command::cargo_bin("evalfw").unwrap();
         command.current_dir(self.root.path()).env("EVALFW_CACHE", self.path("cache"));
+        // What is installed on this machine takes no part.
+        command.env("EVALFW_DATA", self.path("data"));
         command.envs(ALONE);
         command
     }

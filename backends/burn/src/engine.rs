@@ -80,6 +80,7 @@ impl Engine for BurnEngine {
             },
             threads: rayon::current_num_threads(),
             tunes: self.tuner.is_some(),
+            own_dropout: false,
         }
     }
 

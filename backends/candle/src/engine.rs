@@ -70,6 +70,7 @@ impl Engine for CandleEngine {
             quantizations: vec![Quantization::None, Quantization::Nf4, Quantization::Native],
             threads: rayon::current_num_threads(),
             tunes: false,
+            own_dropout: false,
         }
     }
 

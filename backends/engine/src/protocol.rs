@@ -11,6 +11,7 @@ use std::path::PathBuf;
 pub const VERSION: u32 = 1;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Request {
     pub id: u64,
     #[serde(flatten)]
@@ -19,6 +20,7 @@ pub struct Request {
 
 /// Exactly one of `result` and `error` is there.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Response {
     pub id: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -28,6 +30,7 @@ pub struct Response {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "method", content = "params", rename_all = "snake_case")]
 pub enum Call {
     Hello(Hello),
@@ -42,6 +45,7 @@ pub enum Call {
     Decode(Decode),
     Logits(Logits),
     DecodedWeights(DecodedWeights),
+    Tokenize(Tokenize),
     SaveAdapter(SaveAdapter),
     Memory(Memory),
     Bye(Bye),
@@ -62,7 +66,28 @@ macro_rules! calls {
         impl CallType for $call {
             type Reply = $reply;
         }
-    )*};
+    )*
+        /// Of each method the type of its result.
+        #[cfg(feature = "schema")]
+        fn results(generator: &mut schemars::SchemaGenerator) -> serde_json::Value {
+            let mut results = serde_json::Map::new();
+            $(results.insert(snake_case(stringify!($variant)), generator.subschema_for::<$reply>().into());)*
+            results.into()
+        }
+    };
+}
+
+/// As serde names the variant.
+#[cfg(feature = "schema")]
+fn snake_case(variant: &str) -> String {
+    let mut name = String::new();
+    for (index, letter) in variant.chars().enumerate() {
+        if letter.is_uppercase() && index > 0 {
+            name.push('_');
+        }
+        name.push(letter.to_ascii_lowercase());
+    }
+    name
 }
 
 calls! {
@@ -78,6 +103,7 @@ calls! {
     Decode as Decode -> DecodeReport;
     Logits as Logits -> Done;
     DecodedWeights as DecodedWeights -> Done;
+    Tokenize as Tokenize -> Tokenized;
     SaveAdapter as SaveAdapter -> Done;
     Memory as Memory -> DeviceMemory;
     Bye as Bye -> Done;
@@ -85,16 +111,19 @@ calls! {
 
 /// First message: agree on the protocol.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Hello {
     pub protocol: u32,
 }
 
 /// What a GPU can do at best, measured with the framework's own operations. Comes before a model is loaded.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct MeasureLimits {}
 
 /// `None`: not measured, as for a CPU, which the harness measures itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct DeviceLimits {
     /// Bytes per second from the device's memory and back, both counted, of a tensor that fits into no cache.
     pub memory_bytes_per_second: Option<f64>,
@@ -105,6 +134,7 @@ pub struct DeviceLimits {
 
 /// Who answers, on what.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct EngineInfo {
     pub protocol: u32,
     /// As on the command line, e.g. `candle-cpu`.
@@ -128,9 +158,13 @@ pub struct EngineInfo {
     /// Chooses kernels by measuring, and wants to do so before anything is timed.
     #[serde(default)]
     pub tunes: bool,
+    /// Dropout masks are the framework's own, seeded by `dropout_seed` and `step`, and not those of `dropout`.
+    #[serde(default)]
+    pub own_dropout: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct DeviceInfo {
     pub kind: DeviceKind,
     pub name: String,
@@ -165,12 +199,14 @@ impl DeviceInfo {
 
 /// The devices that an engine can compute on, by their numbers, and the one that it took.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Adapters {
     pub taken: usize,
     pub all: Vec<DeviceInfo>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum DeviceKind {
     Cpu,
@@ -182,6 +218,7 @@ pub enum DeviceKind {
 
 /// How the frozen base is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Quantization {
     /// As in the checkpoint: the exact-parity path.
@@ -200,6 +237,7 @@ impl Quantization {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Load {
     /// A Hugging Face folder.
     pub model: PathBuf,
@@ -209,6 +247,7 @@ pub struct Load {
 /// Where the time of a load went, in seconds on the clock: the parts add up to the total. Where some threads read
 /// while others quantize, what passes meanwhile is divided by the share of all threads' time that either took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct LoadTimes {
     /// From file to memory.
     pub read_seconds: f64,
@@ -221,6 +260,7 @@ pub struct LoadTimes {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Loaded {
     pub times: LoadTimes,
     pub parameters: u64,
@@ -230,6 +270,7 @@ pub struct Loaded {
 
 /// AdamW (Loshchilov and Hutter 2019) with the names and defaults of PyTorch, except the rate.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TrainingConfig {
     pub learning_rate: f64,
     pub beta1: f64,
@@ -287,6 +328,7 @@ impl TrainingConfig {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct AttachAdapter {
     /// A PEFT adapter folder: the initialisation is the harness's.
     pub adapter: PathBuf,
@@ -294,18 +336,21 @@ pub struct AttachAdapter {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct AdapterAttached {
     pub trainable_parameters: u64,
 }
 
 /// Lines of a file of batches, counted from 0.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct BatchRef {
     pub file: PathBuf,
     pub lines: Vec<usize>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct TrainStep {
     pub step: u64,
     pub dropout_seed: u64,
@@ -316,6 +361,7 @@ pub struct TrainStep {
 /// As [`TrainStep`], without an update: the gradients go to a safetensors file with the adapter's
 /// tensor names.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Gradients {
     pub step: u64,
     pub dropout_seed: u64,
@@ -324,6 +370,7 @@ pub struct Gradients {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct StepReport {
     /// Mean nats per supervised position, before the update.
     pub loss: f64,
@@ -334,11 +381,13 @@ pub struct StepReport {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Evaluate {
     pub batches: BatchRef,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct EvaluationReport {
     /// Mean nats per supervised position.
     pub loss: f64,
@@ -347,11 +396,13 @@ pub struct EvaluationReport {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Prefill {
     pub tokens: Vec<u32>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct PrefillReport {
     /// The most likely token after the prompt.
     pub next: u32,
@@ -360,6 +411,7 @@ pub struct PrefillReport {
 
 /// Greedy decoding that continues the last prefill or decode; end-of-sequence does not stop it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Decode {
     /// The token to begin with, as the last reply gave it.
     pub first: u32,
@@ -367,6 +419,7 @@ pub struct Decode {
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct DecodeReport {
     /// The token after each step.
     pub tokens: Vec<u32>,
@@ -376,6 +429,7 @@ pub struct DecodeReport {
 
 /// Writes `logits` `[tokens, vocab_size]` as f32 safetensors.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Logits {
     pub tokens: Vec<u32>,
     pub output: PathBuf,
@@ -384,27 +438,48 @@ pub struct Logits {
 /// Writes the projections as the engine has stored them, decoded to f32, to a safetensors file with the checkpoint's
 /// names and shapes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct DecodedWeights {
     pub output: PathBuf,
 }
 
+/// By the framework's own reader of the folder's `tokenizer.json`. Special tokens that stand in the text are taken for
+/// such, and none are added.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Tokenize {
+    pub folder: PathBuf,
+    pub text: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Tokenized {
+    pub tokens: Vec<u32>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct SaveAdapter {
     /// Folder to write in PEFT's format.
     pub output: PathBuf,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Memory {}
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Bye {}
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Done {}
 
 /// The device allocator's own figures in bytes; `None` where the framework does not tell.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct DeviceMemory {
     /// Bytes of live tensors.
     pub in_use_bytes: Option<u64>,
@@ -415,6 +490,25 @@ pub struct DeviceMemory {
     /// was looked at again and again.
     #[serde(default)]
     pub peak_bytes: Option<u64>,
+}
+
+/// The protocol as JSON Schema: what a request is, what a reply is, and what the result of each method is.
+#[cfg(feature = "schema")]
+pub fn schema() -> serde_json::Value {
+    let mut generator = schemars::SchemaGenerator::default();
+    let request = generator.subschema_for::<Request>();
+    let response = generator.subschema_for::<Response>();
+    let results = results(&mut generator);
+    serde_json::json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "The worker protocol of evalfw",
+        "description": "One JSON object a line: a request, and its reply with the same id. backends/PROTOCOL.md says the rest.",
+        "protocol": VERSION,
+        "request": request,
+        "response": response,
+        "results": results,
+        "$defs": generator.take_definitions(true),
+    })
 }
 
 impl Response {

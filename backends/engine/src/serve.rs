@@ -129,6 +129,9 @@ impl<'a> Worker<'a> {
             Call::Decode(call) => reply(self.session()?.decode(&call)),
             Call::Logits(call) => reply(self.session()?.tuning(|session| session.logits(&call))),
             Call::DecodedWeights(call) => reply(self.session()?.decoded_weights(&call)),
+            Call::Tokenize(_) => {
+                Err(Error::unsupported("the harness makes the token ids, with the tokenizers library"))
+            }
             Call::SaveAdapter(call) => reply(self.session()?.save_adapter(&call)),
             Call::Memory(_) => reply(Ok(self.session()?.model.memory())),
             Call::Bye(_) => reply(Ok(Done {})),

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 /// Runs what will be timed, off every clock, while the engine may measure kernels; nothing is trained. With nothing to
 /// run it only asks for the figures. Engines that do not tune run nothing.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Tune {
     /// Micro-batches to train on. An adapter has to be attached.
     pub train: Option<BatchRef>,
@@ -15,6 +16,7 @@ pub struct Tune {
 
 /// A prompt, and tokens to decode after it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Generate {
     pub prompt: Vec<u32>,
     pub steps: usize,
@@ -22,6 +24,7 @@ pub struct Generate {
 
 /// What an engine measured in this process so far. A kind of operation is one that has one choice of its kernel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Tuning {
     /// Kinds of operations whose kernels were measured.
     pub measured: u64,

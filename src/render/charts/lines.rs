@@ -1,15 +1,13 @@
 //! Lines over time, steps and runs.
 
-use super::{Area, Chart, Drawn, FONT, GRID, INK, Kind, PALETTE, WIDTH, drawn};
+use super::{Area, Chart, Drawn, FONT, GRID, INK, Kind, PALETTE, WIDTH, drawn, style_of};
 use crate::accumulate::history::{Point, Trend};
 use crate::compare::figure::Metric;
-use crate::decide::figures::Footprint;
-use crate::decide::jobs::{Job, reference_scenario};
+use crate::decide::jobs::{Job, reference_jobs, reference_scenario};
 use crate::measure::metrics::evaluation_curve;
 use crate::render::format::plain;
 use crate::scenario::Scenario;
 use anyhow::Result;
-use evalfw_engine::protocol::Quantization;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -59,43 +57,6 @@ impl Plot {
     fn line_width(&self, index: usize) -> u32 {
         if self.overlapping { 2 + 3 * (self.series.len() - 1 - index) as u32 } else { 3 }
     }
-}
-
-/// Memory over time of the largest training job of each engine, under the target. `engines` are all of
-/// the record.
-pub fn memory(jobs: &[Job], model: &str, engines: &[&str], target_bytes: u64) -> Result<Option<Chart>> {
-    let target = target_bytes as f64 / 1e9;
-    let series: Vec<Series> = reference_jobs(jobs, model)
-        .into_iter()
-        .filter_map(|job| {
-            let (_, cell) = Footprint::of_job(job)?;
-            let points = cell.samples.memory.iter().map(|p| (p.seconds, p.resident_bytes as f64 / 1e9));
-            Some(Series {
-                name: job.engine.to_owned(),
-                style: style_of(job.engine, engines),
-                points: points.collect(),
-            })
-        })
-        .filter(|s| !s.points.is_empty())
-        .collect();
-    let Some(scenario) = reference_scenario(jobs, model, "train").filter(|_| !series.is_empty()) else {
-        return Ok(None);
-    };
-    let highest = largest(&series, |p| p.1).max(target);
-    let plot = Plot {
-        title: format!("Memory of the process tree in {scenario} on {model}"),
-        x_title: "seconds since the worker started",
-        y_title: "GB (10^9 bytes)",
-        x_label: |seconds| plain(*seconds),
-        x_labels: MOST_LABELS,
-        y_label: |gb| plain(*gb),
-        x: 0.0..(largest(&series, |p| p.0) * 1.01).max(1e-3),
-        y: 0.0..highest * 1.08,
-        overlapping: false,
-        limit: Some((target, format!("target: {target} GB"))),
-        series,
-    };
-    draw(&plot, Kind::Memory, model).map(Some)
 }
 
 /// The training loss of each step of all engines on one axis.
@@ -214,18 +175,6 @@ pub fn trend(trends: &[&Trend]) -> Result<Chart> {
 }
 
 const SECONDS_A_DAY: f64 = 86_400.0;
-
-fn reference_jobs<'j, 'a>(jobs: &'j [Job<'a>], model: &str) -> Vec<&'j Job<'a>> {
-    let scenario = reference_scenario(jobs, model, "train");
-    let is_reference = |j: &&Job| {
-        j.model.name == model && Some(j.scenario) == scenario && j.quantization == Quantization::Nf4
-    };
-    jobs.iter().filter(is_reference).collect()
-}
-
-fn style_of(engine: &str, engines: &[&str]) -> usize {
-    engines.iter().position(|e| *e == engine).unwrap_or(0)
-}
 
 fn largest(series: &[Series], of: fn(&(f64, f64)) -> f64) -> f64 {
     series.iter().flat_map(|s| s.points.iter().map(of)).fold(f64::NEG_INFINITY, f64::max)

@@ -3,10 +3,12 @@
 mod bars;
 mod hatch;
 mod lines;
+mod memory;
 mod points;
 
 pub use bars::{acceptability, shares, stacked};
-pub use lines::{loss, memory, quality, trend};
+pub use lines::{loss, quality, trend};
+pub use memory::memory;
 pub use points::predicted;
 
 use super::format::harmless;
@@ -68,6 +70,11 @@ impl Kind {
             Self::Predicted => "predicted",
         }
     }
+}
+
+/// An engine's place among all engines, so that it looks the same in every chart.
+fn style_of(engine: &str, engines: &[&str]) -> usize {
+    engines.iter().position(|e| *e == engine).unwrap_or(0)
 }
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;

@@ -155,6 +155,19 @@ fn overview(
     let ran = own().filter(|cell| cell.outcome != Outcome::Unavailable).count();
     let ok = own().filter(|cell| cell.outcome == Outcome::Ok).count();
     sentences.push(format!("{ok} of {ran} cells ended ok."));
+    let mut caveats: Vec<(&str, Vec<&str>)> = Vec::new();
+    for cell in own() {
+        for caveat in &cell.caveats {
+            match caveats.iter_mut().find(|(known, _)| known == caveat) {
+                Some((_, engines)) if engines.contains(&cell.engine.as_str()) => {}
+                Some((_, engines)) => engines.push(&cell.engine),
+                None => caveats.push((caveat, vec![&cell.engine])),
+            }
+        }
+    }
+    for (caveat, engines) in caveats {
+        sentences.push(format!("To know of {} here: {}.", code(&engines), markdown(caveat)));
+    }
     sentences
 }
 
@@ -162,7 +175,7 @@ fn figures(engine: &str, jobs: &[Job], model: &str) -> Option<EngineFigures> {
     let own: Vec<&Job> = jobs.iter().filter(|j| j.engine == engine && j.model.name == model).collect();
     let reference = |kind: &str| {
         let scenario = reference_scenario(jobs, model, kind)?;
-        own.iter().find(|j| j.scenario == scenario && j.quantization == Quantization::Nf4).copied()
+        own.iter().find(|j| j.scenario == scenario && j.is_qlora).copied()
     };
     let device = own.iter().flat_map(|j| j.ok()).find_map(|cell| cell.device.as_ref())?;
     let (train, infer) = (reference("train"), reference("infer"));
@@ -170,7 +183,7 @@ fn figures(engine: &str, jobs: &[Job], model: &str) -> Option<EngineFigures> {
     let inference = infer.and_then(InferFigures::of);
     let loads: Vec<&LoadSample> = own
         .iter()
-        .filter(|j| j.quantization == Quantization::Nf4)
+        .filter(|j| j.is_qlora)
         .flat_map(|j| j.ok())
         .filter_map(|cell| cell.samples.load.as_ref())
         .collect();

@@ -7,6 +7,7 @@ use crate::verify::reference::Curve;
 use crate::verify::session::Broken;
 use evalfw_engine::lora::{AdapterTensors, Target, read_tensors};
 use evalfw_engine::protocol::{Gradients, Quantization, SaveAdapter, TrainStep, TrainingConfig};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Of each curve in the short form. AdamW undoes a scale that all gradients have in common, so that clipping
@@ -42,6 +43,7 @@ impl Bench<'_> {
         let adapter = self.adapter_with_dropout()?;
         let Some(first) = model.dropout.steps.first() else { return Ok(true) };
         let seed = model.dropout.settings.dropout_seed;
+        let own_masks = self.verdict.info.as_ref().is_some_and(|info| info.own_dropout);
         let recomputed = match self.gradients_of(&adapter, &first.lines, seed, true) {
             Err(broken) if broken.refused => {
                 let message = Deviation::new(0.0, broken.error.message.clone());
@@ -50,12 +52,51 @@ impl Bench<'_> {
             }
             gradients => gradients?,
         };
-        let deviation = tensors(&recomputed, &model.gradients_dropout);
-        self.report("adapter gradients with dropout", deviation, self.tolerances.gradients);
+        if own_masks {
+            self.own_dropout(&first.lines)?;
+        } else {
+            let deviation = tensors(&recomputed, &model.gradients_dropout);
+            self.report("adapter gradients with dropout", deviation, self.tolerances.gradients);
+        }
         let kept = self.gradients_of(&adapter, &first.lines, seed, false)?;
         let deviation = whole(&kept, &recomputed);
         self.report("dropout masks are the same in recomputation", deviation, self.tolerances.repetition);
-        Ok(true)
+        // A curve depends on the masks.
+        Ok(!own_masks)
+    }
+
+    /// Masks of the framework's own, which no reference has. With B at zero an adapter adds nothing, and all that dropout
+    /// changes is the input of A: over many masks the gradients of B have those without dropout as their mean, if the rate
+    /// and the scale are right.
+    fn own_dropout(&mut self, lines: &[usize]) -> Result<(), Broken> {
+        let mut adapter = self.adapter(&self.model.adapter)?;
+        adapter.tensors.values_mut().flat_map(|pair| &mut pair.b).for_each(|value| *value = 0.0);
+        let folder = self.scratch.path().join("zero");
+        self.session.harness("dropout", adapter.write(&folder, &self.model.name))?;
+        let without = gradients_of_b(&self.gradients_of(&folder, lines, 0, true)?);
+        adapter.config.lora_dropout = self.model.dropout.settings.lora_dropout;
+        let folder = self.scratch.path().join("zero-with-dropout");
+        self.session.harness("dropout", adapter.write(&folder, &self.model.name))?;
+        let mut projections = Vec::new();
+        let mut distinct = BTreeSet::new();
+        for seed in 0..OWN_MASKS {
+            let with = gradients_of_b(&self.gradients_of(&folder, lines, seed, true)?);
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            let projection = dot(&with, &without) / dot(&without, &without);
+            distinct.insert(projection.to_bits());
+            projections.push(projection);
+        }
+        let mean = projections.iter().sum::<f64>() / projections.len() as f64;
+        let place = format!("mean over {OWN_MASKS} seeds: {mean:.3} of the gradient without dropout");
+        self.report(
+            "own dropout keeps the mean",
+            Deviation::new((mean - 1.0).abs(), place),
+            OWN_DROPOUT_MEAN,
+        );
+        let same = projections.len() - distinct.len();
+        let place = format!("{} different gradients of {OWN_MASKS} seeds", distinct.len());
+        self.report("own dropout follows the seed", Deviation::new(same as f64, place), 0.0);
+        Ok(())
     }
 
     /// Off in evaluation, and, where the engine `drops`, anew in each step of training.
@@ -195,6 +236,15 @@ impl Bench<'_> {
         self.report("the saved adapter reproduces its loss", deviation, self.tolerances.repetition);
         Ok(())
     }
+}
+
+/// Seeds that dropout of an engine's own is looked at with.
+const OWN_MASKS: u64 = 24;
+/// Kept values that are not scaled up would be off by the rate, a quarter; the noise of so many masks is some hundredths.
+const OWN_DROPOUT_MEAN: f64 = 0.1;
+
+fn gradients_of_b(gradients: &AdapterTensors) -> Vec<f64> {
+    gradients.values().flat_map(|pair| &pair.b).map(|value| f64::from(*value)).collect()
 }
 
 /// Index of the largest magnitude.

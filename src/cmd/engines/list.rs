@@ -1,47 +1,36 @@
-//! `evalfw engines`: what can run on this machine, and what is missing.
+//! What can run on this machine, and what is missing.
 
-use crate::engines::ENGINES;
+use crate::engines::{ENGINES, Registry};
 use crate::output::print;
 use crate::probe::{Availability, probe};
 use crate::worker::Workers;
 use anyhow::Result;
-use clap::Args;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{ContentArrangement, Table};
 use evalfw_engine::protocol::EngineInfo;
 use serde::Serialize;
+use std::path::Path;
 use std::process::ExitCode;
 
-/// List every engine and device, whether it can run here, and what to install if not
-#[derive(Args)]
-#[command(
-    after_help = "Examples:\n  evalfw engines\n  evalfw engines --json | jq '.[] | select(.available)'"
-)]
-pub struct EnginesArgs {
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
 #[derive(Serialize)]
-struct Row {
-    engine: &'static str,
-    summary: &'static str,
+struct Row<'a> {
+    engine: &'a str,
+    summary: &'a str,
     available: bool,
     #[serde(flatten)]
     details: Availability,
 }
 
-pub fn run(args: &EnginesArgs) -> Result<ExitCode> {
-    let rows: Vec<Row> = ENGINES
-        .iter()
-        .map(|engine| {
-            let details = probe(engine.name, &Workers::default());
-            let available = matches!(details, Availability::Available(_));
-            Row { engine: engine.name, summary: engine.summary, available, details }
-        })
-        .collect();
-    let text = match args.json {
+pub fn run(registry: &Registry, json: bool) -> Result<ExitCode> {
+    let workers = Workers { engines_file: registry.file().map(Path::to_owned), ..Workers::default() };
+    let built_in = ENGINES.iter().map(|engine| (engine.name, engine.summary));
+    let external = registry.external().map(|engine| (engine.name(), engine.declaration.summary.as_str()));
+    let row = |(engine, summary)| {
+        let details = probe(engine, &workers);
+        Row { engine, summary, available: matches!(details, Availability::Available(_)), details }
+    };
+    let rows: Vec<Row<'_>> = built_in.chain(external).map(row).collect();
+    let text = match json {
         true => serde_json::to_string_pretty(&rows)?,
         false => table(&rows).to_string(),
     };
@@ -49,7 +38,7 @@ pub fn run(args: &EnginesArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn table(rows: &[Row]) -> Table {
+fn table(rows: &[Row<'_>]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic).set_header([
         "engine",

@@ -1,7 +1,7 @@
-//! The registry of engines: a line each.
+//! The engines that are built in: a line each.
 
 use crate::model::cache_dir;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use evalfw_engine::{Engine, Error};
 use std::path::PathBuf;
 
@@ -137,16 +137,6 @@ pub fn stock_form_in_suites(name: &str, all: bool) -> Option<&'static str> {
 /// Whether `stock` is the stock form of `engine`, another one.
 pub fn is_stock_form_of(stock: &str, engine: &str) -> bool {
     stock != engine && stock_form(engine) == Some(stock)
-}
-
-pub fn find(name: &str) -> Result<&'static EngineSpec> {
-    match ENGINES.iter().find(|e| e.name == name) {
-        Some(engine) => Ok(engine),
-        None => {
-            let known: Vec<_> = ENGINES.iter().map(|e| e.name).collect();
-            bail!("no engine {name:?}; there are {}", known.join(", "))
-        }
-    }
 }
 
 /// Where it is remembered that a GPU has passed an engine's self-check. `None` where there is no cache folder.
@@ -307,16 +297,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unknown_engine_lists_the_known_ones() {
-        let error = find("candle").err().unwrap().to_string();
-        assert!(error.contains("candle-cpu") && error.contains("burn-flex"), "{error}");
-    }
-
-    #[test]
     fn every_stock_form_is_an_engine_with_stock_kernels() {
         for engine in tuned() {
             if let Some(stock) = stock_form(engine.name) {
-                assert_eq!(find(stock).unwrap().kernels, Kernels::Stock);
+                let form = ENGINES.iter().find(|engine| engine.name == stock).unwrap();
+                assert_eq!(form.kernels, Kernels::Stock);
                 assert_eq!(stock_form(stock), Some(stock));
             }
         }

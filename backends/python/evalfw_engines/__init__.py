@@ -1,0 +1,1 @@
+"""Engines of Python frameworks for evalfw: each is a process that speaks the harness's worker protocol."""

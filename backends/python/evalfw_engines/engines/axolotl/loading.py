@@ -1,0 +1,89 @@
+"""The engine: what it says of itself, and how axolotl loads a checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import bitsandbytes
+import peft
+import torch
+import transformers
+from axolotl.loaders import ModelLoader
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from ...checkpoint import Checkpoint
+from ...engine import NF4, NONE, Engine, LoadTimes
+from ..peft import limits
+from ..peft.device import Device
+from ..peft.loading import check_quantized, cpu_kernels
+from .config import Configuration
+from .model import AxolotlModel
+
+
+def open_device() -> Device:
+    """As `peft` opens it, but for the type on a CPU: axolotl refuses bf16 where there is no GPU."""
+    device = Device.open()
+    return device if device.kind == "cuda" else Device(device.kind, "f32")
+
+
+class AxolotlEngine(Engine):
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        # Removed when the process ends.
+        self.scratch = tempfile.TemporaryDirectory(prefix="evalfw-axolotl-", ignore_cleanup_errors=True)
+        transformers.utils.logging.disable_progress_bar()
+
+    def info(self) -> dict[str, object]:
+        return {
+            "engine": "axolotl",
+            "framework": "axolotl",
+            "framework_version": metadata.version("axolotl"),
+            "device": self.device.info(),
+            "compute_dtype": self.device.compute,
+            "features": self.features(),
+            "quantizations": [NONE, NF4],
+            "threads": torch.get_num_threads(),
+            "own_dropout": True,
+        }
+
+    def features(self) -> list[str]:
+        features = [
+            f"torch {torch.__version__}",
+            f"transformers {transformers.__version__}",
+            f"peft {peft.__version__}",
+            f"bitsandbytes {bitsandbytes.__version__}",
+            "attention sdpa",
+        ]
+        if self.device.kind == "cpu":
+            features += ["no LoRA kernels of axolotl", *cpu_kernels()]
+        return features
+
+    def limits(self) -> dict[str, float | None]:
+        return super().limits() if self.device.kind == "cpu" else limits.measure()
+
+    def load(self, checkpoint: Checkpoint, quantization: str, times: LoadTimes) -> AxolotlModel:
+        configuration = Configuration(checkpoint.folder, quantization, self.device, Path(self.scratch.name))
+        tokenizer = no_tokenizer()
+        loader = BaseLoader(configuration.base(), tokenizer)
+        # Reads and quantizes one tensor after the other, and does not tell the parts apart.
+        model, _ = loader.load()
+        check_quantized(model, quantization)
+        return AxolotlModel(model, checkpoint, self.device, configuration, tokenizer)
+
+
+class BaseLoader(ModelLoader):
+    """axolotl's loader, without the adapter that it would make: the harness brings one later, and another after it."""
+
+    def _load_adapters(self) -> None:
+        return None
+
+
+def no_tokenizer() -> PreTrainedTokenizerFast:
+    """axolotl takes the size of the vocabulary and the special tokens from a tokenizer. Here no text comes by, and a
+    checkpoint need not have one."""
+    empty = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=empty, pad_token="<pad>")
