@@ -76,7 +76,8 @@ fn an_engine_in_plain_python_holds_every_rule_and_the_numbers() {
 fn what_an_engine_lacks_is_told_rule_by_rule() {
     let workspace = workspace(&[]);
     // Answers everything as if it were hello, and knows no end.
-    let parrot = "import json,sys\nfor line in sys.stdin:\n  print(json.dumps({'id': 1, 'result': {}}), flush=True)";
+    let parrot =
+        "import json,sys\nfor line in sys.stdin:\n  print(json.dumps({'id': 1, 'result': {}}), flush=True)";
     let check = workspace.evalfw().args(["engines", "check", PYTHON, "-c", parrot]).assert().code(1);
     check.stdout(predicate::str::contains("has the id 1").and(predicate::str::contains("Hello")));
     let check = workspace.evalfw().args(["engines", "check", "/no/such/program"]).assert().code(1);
@@ -227,8 +228,19 @@ fn a_python_that_is_missing_or_too_old_and_a_wrong_hash_are_clear_errors() {
     let digest = text.split("sha256:").nth(1).unwrap().trim().to_owned();
     fs::write(workspace.path("requirements.txt"), text.replace(&digest, &"0".repeat(64))).unwrap();
     let failed = workspace.evalfw().args(["engines", "install", "installed"]).assert().code(2);
-    failed.stderr(predicate::str::contains("installing").and(predicate::str::contains("hash").or(predicate::str::contains("HASH"))));
+    failed.stderr(
+        predicate::str::contains("installing")
+            .and(predicate::str::contains("hash").or(predicate::str::contains("HASH"))),
+    );
     // A second try finds what is half made, and begins again.
     fs::write(workspace.path("requirements.txt"), text).unwrap();
     workspace.evalfw().args(["engines", "install", "installed"]).assert().success();
+}
+
+#[test]
+fn the_committed_schema_is_that_of_the_messages() {
+    let output = workspace(&[]).evalfw().args(["engines", "schema"]).output().unwrap();
+    let committed = fs::read_to_string(repository("backends/protocol.schema.json")).unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(printed == committed, "renew it: evalfw engines schema > backends/protocol.schema.json");
 }

@@ -75,6 +75,7 @@ fn context() -> RunContext {
         verdicts: Default::default(),
         host_limits: None,
         adoption: BTreeMap::new(),
+        caveats: BTreeMap::new(),
         device_limits: Default::default(),
         launcher: None,
         repeat_disturbed: 2,

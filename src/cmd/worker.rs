@@ -1,6 +1,6 @@
 //! `evalfw worker ENGINE`: this process as the worker of an engine.
 
-use crate::engines::{Engine, EnginesFile, External, Invocation};
+use crate::engines::{Engine, EnginesFile, External, Invocation, USERS_OWN};
 use crate::worker::agent;
 use anyhow::{Context, Result};
 use clap::Args;
@@ -59,6 +59,11 @@ const THREAD_VARIABLES: [&str; 4] =
 
 fn command(invocation: &Invocation) -> Command {
     let mut command = Command::new(&invocation.program);
+    if invocation.is_isolated {
+        for variable in USERS_OWN {
+            command.env_remove(variable);
+        }
+    }
     command.args(&invocation.arguments).envs(&invocation.variables);
     // The harness says it in the way of the built-in engines.
     if let Some(threads) = std::env::var_os("RAYON_NUM_THREADS") {

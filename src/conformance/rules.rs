@@ -10,8 +10,8 @@ use evalfw_engine::Error as EngineError;
 use evalfw_engine::lora::{Adapter, read_tensors};
 use evalfw_engine::protocol::{
     AttachAdapter, BatchRef, Bye, Decode, DecodedWeights, EngineInfo, Evaluate, Gradients, Hello, Load,
-    Logits, MeasureLimits, Memory, Prefill, Quantization, SaveAdapter, TrainStep, TrainingConfig, Tune,
-    VERSION,
+    Logits, MeasureLimits, Memory, Prefill, Quantization, SaveAdapter, Tokenize, TrainStep, TrainingConfig,
+    Tune, VERSION,
 };
 use serde_json::json;
 use std::path::PathBuf;
@@ -83,6 +83,8 @@ pub const RULES: &[Rule] = &[
 pub struct Subject<'a> {
     command: &'a WorkerCommand,
     model: &'a ReferenceModel,
+    /// A folder with a tokenizer.
+    tokenizer: PathBuf,
     scratch: TempDir,
 }
 
@@ -90,7 +92,9 @@ impl<'a> Subject<'a> {
     pub fn new(command: &'a WorkerCommand, reference: &'a Reference) -> Result<Self> {
         let model = reference.short().context("the reference holds no model")?;
         let scratch = tempfile::tempdir().context("no temporary folder")?;
-        Ok(Self { command, model, scratch })
+        let tokenizer =
+            reference.tokenizer.as_ref().context("the reference holds no tokenizer")?.folder.clone();
+        Ok(Self { command, model, tokenizer, scratch })
     }
 
     fn start(&self) -> Result<Conversation, Broke> {
@@ -285,6 +289,8 @@ fn optional(subject: &Subject<'_>, conformance: &mut Conformance) -> Seen {
         Err(error) => Err(Broke::from(format!("{name}: {error}"))),
     };
     note("limits", worker.call(MeasureLimits {})?.map(drop))?;
+    let folder = subject.tokenizer.clone();
+    note("tokenize", worker.call(Tokenize { folder, text: "def add(a, b):".to_owned() })?.map(drop))?;
     worker = subject.loaded()?;
     note("tune", worker.call(Tune::default())?.map(drop))?;
     let output = subject.output("decoded.safetensors");

@@ -83,6 +83,8 @@ pub struct Invocation {
     pub program: PathBuf,
     pub arguments: Vec<String>,
     pub variables: BTreeMap<String, String>,
+    /// It has an environment of its own.
+    pub is_isolated: bool,
 }
 
 /// Why an engine cannot be started, and what to do.
@@ -232,7 +234,12 @@ impl External {
         let mut words = words.iter().map(fill);
         let program = PathBuf::from(words.next().unwrap_or_default());
         let variables = self.declaration.variables.iter().map(|(name, value)| (name.clone(), fill(value)));
-        Ok(Invocation { program, arguments: words.collect(), variables: variables.collect() })
+        Ok(Invocation {
+            program,
+            arguments: words.collect(),
+            variables: variables.collect(),
+            is_isolated: self.declaration.install.is_some(),
+        })
     }
 
     fn missing(&self, state: &State) -> Missing {

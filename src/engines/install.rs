@@ -4,6 +4,7 @@ use super::environment::{Environment, Installed, State};
 use super::external::{External, Install};
 use crate::{interrupt, record};
 use anyhow::{Context, Result, bail};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -244,6 +245,9 @@ impl Tool {
     }
 }
 
+/// What leads a Python to packages elsewhere.
+pub const USERS_OWN: [&str; 3] = ["PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"];
+
 /// The commands of an installation, with their log.
 struct Steps<'a> {
     log: File,
@@ -256,7 +260,10 @@ impl Steps<'_> {
     fn run(&mut self, what: &str, mut command: Command) -> Result<String> {
         (self.progress)(what);
         // What a user has set for their own Python does not reach into the environment.
-        command.env_remove("PYTHONPATH").env_remove("PYTHONHOME").env_remove("VIRTUAL_ENV");
+        let own: Vec<OsString> = command.get_envs().map(|(name, _)| name.to_owned()).collect();
+        for variable in USERS_OWN.iter().filter(|variable| own.iter().all(|name| name != *variable)) {
+            command.env_remove(variable);
+        }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let name = command.get_program().display().to_string();
         let mut child = command.spawn().with_context(|| format!("{name} could not be started"))?;

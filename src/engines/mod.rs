@@ -8,7 +8,7 @@ mod install;
 pub use built_in::*;
 pub use environment::{Environment, Installed, State};
 pub use external::{Declaration, External, Install, Invocation, Missing};
-pub use install::{Installer, Python, install, remove};
+pub use install::{Installer, Python, USERS_OWN, install, remove};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;

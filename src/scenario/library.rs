@@ -303,7 +303,9 @@ mod tests {
     #[test]
     fn an_unknown_suite_or_scenario_lists_what_there_is() {
         let library = Library::built_in();
-        assert!(error(&library, "quik").contains("default, frameworks, full, gpu, large, long, quick, stock"));
+        assert!(
+            error(&library, "quik").contains("default, frameworks, full, gpu, large, long, quick, stock")
+        );
         let message = format!("{:#}", library.suite("quick", Some(&["trian".into()])).unwrap_err());
         assert!(message.contains("trian") && message.contains("infer, load, quality, train"), "{message}");
     }

@@ -20,7 +20,7 @@ const MODEL: &str = "tokenizer";
 
 /// What transformers makes of some texts.
 pub struct TokenizerCases {
-    folder: PathBuf,
+    pub folder: PathBuf,
     cases: Vec<Case>,
 }
 

@@ -74,6 +74,7 @@ impl Engine {
             environment: environment(),
             limits: None,
             adoption: None,
+            caveats: Vec::new(),
             launcher: None,
             attempt: 0,
             host: None,

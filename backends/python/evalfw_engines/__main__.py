@@ -1,5 +1,5 @@
-"""`python -m evalfw_engines ENGINE` serves an engine on standard input and output; `--version` prints the versions of
-the engines' libraries as a JSON object."""
+"""`python -m evalfw_engines ENGINE` serves an engine on standard input and output; with `--version` it prints the versions
+of the engine's libraries as a JSON object, or of those of all engines where none is named."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ OFFLINE = {
 def main(arguments: list[str]) -> int:
     match arguments:
         case ["--version"]:
-            print(json.dumps(versions()))
+            print(json.dumps(versions(*ENGINES)))
+            return 0
+        case [name, "--version"] if name in ENGINES:
+            print(json.dumps(versions(name)))
             return 0
         case [name] if name in ENGINES:
             os.environ.update(OFFLINE)
             return serve(name)
-        case [name]:
+        case [name] | [name, "--version"]:
             print(f"unknown engine {name}; there are {', '.join(ENGINES)}", file=sys.stderr)
         case _:
-            print(f"usage: python -m evalfw_engines ENGINE | --version, with {', '.join(ENGINES)}", file=sys.stderr)
+            print(f"usage: python -m evalfw_engines [ENGINE] [--version], with {', '.join(ENGINES)}", file=sys.stderr)
     return 2
 
 
@@ -51,8 +54,8 @@ def serve(name: str) -> int:
     return 0
 
 
-def versions() -> dict[str, object]:
-    packages = sorted({package for entry in ENGINES.values() for package in entry.packages})
+def versions(*names: str) -> dict[str, object]:
+    packages = sorted({package for name in names for package in ENGINES[name].packages})
     installed = {name: version for name, version in about.versions(tuple(packages)).items() if version is not None}
     return {"evalfw_engines": about.VERSION, "python": platform.python_version(), **installed}
 

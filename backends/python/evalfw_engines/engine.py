@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import Unsupported
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy
@@ -67,6 +68,11 @@ class Engine(ABC):
     def limits(self) -> dict[str, float | None]:
         """What the device can do at best. A CPU needs no answer: the harness measures it itself."""
         return {"memory_bytes_per_second": None, "f32_flops": None, "bf16_flops": None}
+
+    def tokenize(self, folder: Path, text: str) -> list[int]:
+        """The ids of a text by the tokenizer of a checkpoint's folder, without special tokens added. All frameworks
+        here read it with transformers."""
+        return Tokenizer(folder).ids(text)
 
 
 class Model(ABC):
@@ -121,7 +127,3 @@ class Model(ABC):
     def memory(self) -> dict[str, int | None]:
         """The device allocator's own figures. Asked for after each call, off every clock."""
         return {"in_use_bytes": None, "reserved_bytes": None, "peak_bytes": None}
-
-    def tokenize(self, text: str) -> list[int]:
-        """The ids of a text by the checkpoint's tokenizer, without special tokens."""
-        raise Unsupported("tokenizing a text")

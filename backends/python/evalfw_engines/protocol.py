@@ -237,7 +237,10 @@ class Worker:
         return dict(self.loaded().model.memory())
 
     def tokenize(self, call: Params) -> Reply:
-        return {"tokens": [int(token) for token in self.loaded().model.tokenize(call.text("text"))]}
+        folder, text = call.path("folder"), call.text("text")
+        if self.engine is None:
+            raise Protocol("tokenize comes after hello")
+        return {"tokens": self.engine.tokenize(folder, text)}
 
     def bye(self, _call: Params) -> Reply:
         return {}

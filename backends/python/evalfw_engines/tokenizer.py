@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import Input
+from .errors import Input, Unsupported
 
 
 class Tokenizer:
@@ -21,8 +21,10 @@ class Tokenizer:
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)]
 
     def _read(self):
-        from transformers import AutoTokenizer
-
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise Unsupported(f"tokenizing a text without transformers: {error}") from error
         files = ("tokenizer.json", "vocab.json", "tokenizer.model")
         if not any((self.folder / name).exists() for name in files):
             raise Input.file(self.folder, f"has no tokenizer: none of {', '.join(files)}")

@@ -604,7 +604,7 @@ class Adapter:
 
     def update(self, training, norm):
         """Clips as torch's clip_grad_norm_ does, and takes one step of AdamW."""
-        limit = training["max_grad_norm"]
+        limit = training.get("max_grad_norm")
         clip = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
         self.steps += 1
         beta1, beta2, epsilon = training["beta1"], training["beta2"], training["epsilon"]
@@ -668,8 +668,8 @@ def check_training(training):
     for name in "learning_rate", "beta1", "beta2", "epsilon", "weight_decay":
         check(name, training.get(name), float)
     check("gradient_checkpointing", training.get("gradient_checkpointing"), bool)
-    if training.get("max_grad_norm", "") is not None:
-        check("max_grad_norm", training.get("max_grad_norm"), float)
+    if training.get("max_grad_norm") is not None:
+        check("max_grad_norm", training["max_grad_norm"], float)
 
 
 class Engine:

@@ -77,6 +77,9 @@ class CommandLine(unittest.TestCase):
         self.assertEqual(done.returncode, 0)
         self.assertIn("evalfw_engines", versions)
         self.assertTrue(all(isinstance(version, str) for version in versions.values()))
+        done = run("-m", "evalfw_engines", "peft", "--version")
+        self.assertEqual(done.returncode, 0)
+        self.assertLessEqual(set(json.loads(done.stdout)), {"evalfw_engines", "python", *engines.ENGINES["peft"].packages})
 
     def test_an_unknown_engine_is_answered_with_those_there_are(self) -> None:
         done = run("-m", "evalfw_engines", "tensorflow")
@@ -84,6 +87,7 @@ class CommandLine(unittest.TestCase):
         for name in engines.ENGINES:
             self.assertIn(name, done.stderr)
         self.assertEqual(run("-m", "evalfw_engines").returncode, 2)
+        self.assertEqual(run("-m", "evalfw_engines", "tensorflow", "--version").returncode, 2)
 
     def test_a_missing_library_is_a_typed_error_of_hello(self) -> None:
         # Without site-packages no framework can be imported, whatever is installed.

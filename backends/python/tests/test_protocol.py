@@ -26,7 +26,6 @@ CALLS_ON_A_MODEL = {
     "decoded_weights": {"output": "o"},
     "save_adapter": {"output": "o"},
     "memory": {},
-    "tokenize": {"text": "x"},
     "tune": {"train": None, "evaluate": None, "generate": None},
 }
 
@@ -157,7 +156,18 @@ class Order(ServeTest):
 
     def test_what_an_engine_leaves_out_is_unsupported(self) -> None:
         self.assert_error(self.last(self.loaded().say("decoded_weights", output="o")), "unsupported")
-        self.assert_error(self.last(self.loaded().say("tokenize", text="x")), "unsupported")
+
+    def test_a_text_is_tokenized_at_any_time_after_hello(self) -> None:
+        class Tokenizing(FakeEngine):
+            def tokenize(self, folder, text):
+                return [len(folder.name), len(text)]
+
+        say = {"folder": str(self.model), "text": "four"}
+        answers = Conversation().say("tokenize", **say).hello().say("tokenize", **say).answers(Tokenizing)
+        self.assert_error(answers[0], "protocol", "hello")
+        self.assertEqual(answers[2]["result"], {"tokens": [5, 4]})
+        answers = self.loaded().say("tokenize", **say).answers(Tokenizing)
+        self.assertEqual(answers[2]["result"], {"tokens": [5, 4]})
 
     def test_tuning_is_no_work_here(self) -> None:
         tune = self.loaded().say("tune", train=self.lines(), evaluate=None, generate={"prompt": [1], "steps": 2})
@@ -317,7 +327,8 @@ class Lines(ServeTest):
             ("evaluate", {"batches": self.lines(-1)}, "protocol", "lines"),
             ("evaluate", {"batches": self.lines(0, 1)}, "input", "has 1 lines, line 1 asked for"),
             ("attach_adapter", {"adapter": str(self.adapter)}, "protocol", "training"),
-            ("tokenize", {"text": 3}, "protocol", "text"),
+            ("tokenize", {"folder": "f", "text": 3}, "protocol", "text"),
+            ("tokenize", {"text": "x"}, "protocol", "folder"),
         ]
         for method, params, kind, word in cases:
             with self.subTest(f"{method} {params}"):

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ...checkpoint import Checkpoint
 from ...engine import NF4, NONE, Engine, LoadTimes
-from ..peft import limits
+from ..peft import decoding, limits
 from ..peft.device import Device
 from ..peft.loading import check_quantized, cpu_kernels
 from .config import Configuration
@@ -72,7 +72,9 @@ class AxolotlEngine(Engine):
         # Reads and quantizes one tensor after the other, and does not tell the parts apart.
         model, _ = loader.load()
         check_quantized(model, quantization)
-        return AxolotlModel(model, checkpoint, self.device, configuration, tokenizer)
+        if self.device.kind == "cpu":
+            decoding.check(model)
+        return AxolotlModel(model, self.device, configuration, tokenizer)
 
 
 class BaseLoader(ModelLoader):

@@ -17,7 +17,6 @@ from axolotl.utils.trainer import setup_trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ...batches import Batch
-from ...checkpoint import Checkpoint
 from ...engine import Tensors
 from ...lora import Adapter
 from ...training import TrainingConfig
@@ -34,14 +33,13 @@ class AxolotlModel(PeftModelOnDevice):
     def __init__(
         self,
         base: PreTrainedModel,
-        checkpoint: Checkpoint,
         device: Device,
         configuration: Configuration,
         tokenizer: PreTrainedTokenizerFast,
     ) -> None:
-        super().__init__(base, checkpoint, device)
+        super().__init__(base, device)
         self.configuration = configuration
-        self.special_tokens = tokenizer
+        self.tokenizer = tokenizer
         self.trainer: AxolotlTrainer | None = None
 
     def attach_adapter(self, adapter: Adapter, training: TrainingConfig) -> None:
@@ -61,7 +59,7 @@ class AxolotlModel(PeftModelOnDevice):
 
     def prepared(self, cfg: DictDefault) -> AxolotlTrainer:
         """A trainer as it is when its loop begins."""
-        trainer = setup_trainer(cfg, None, None, self.model, self.special_tokens, None, STEPS)
+        trainer = setup_trainer(cfg, None, None, self.model, self.tokenizer, None, STEPS)
         # axolotl 0.19 averages the means of the micro-batches, as it takes Qwen2 for a model that cannot divide by
         # the positions of all of them. It can, and that is what is asked for; with one micro-batch it is the same.
         trainer.model_accepts_loss_kwargs = True
@@ -105,6 +103,8 @@ class AxolotlModel(PeftModelOnDevice):
     def backward(self, step: int, dropout_seed: int, micro_batches: Sequence[Batch]) -> torch.Tensor:
         trainer = self.trainer
         self.enter(Mode.TRAINING)
+        # What a step that failed may have left.
+        trainer.model_wrapped.zero_grad()
         torch.manual_seed((dropout_seed ^ step * SPREAD) % 2**63)
         batches = (collated(batch) for batch in micro_batches)
         inputs, items = trainer.get_batch_samples(batches, len(micro_batches), trainer.args.device)

@@ -82,7 +82,7 @@ class MlxLm(Engine):
             quantize_model(model, config, GROUP_SIZE, BITS, quant_predicate=_is_projection)
         # Reads and quantizes: MLX is lazy, so that the two cannot be told apart.
         mx.eval(model.parameters())
-        return MlxModel(model, checkpoint, on_gpu=self.on_gpu)
+        return MlxModel(model, on_gpu=self.on_gpu)
 
 
 def _has_reference_blas() -> bool:

@@ -11,10 +11,9 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
 
-from ...checkpoint import PROJECTIONS, Checkpoint, module_path
+from ...checkpoint import PROJECTIONS, module_path
 from ...engine import Model, Tensors
 from ...errors import Protocol
-from ...tokenizer import Tokenizer
 from .tuner import Tuner, loss_sum
 
 if TYPE_CHECKING:
@@ -27,11 +26,10 @@ PREFILL_STEP_SIZE = 2048
 
 
 class MlxModel(Model):
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, *, on_gpu: bool) -> None:
+    def __init__(self, model: nn.Module, *, on_gpu: bool) -> None:
         self.model = model
         self.on_gpu = on_gpu
         self.tuner = Tuner(model)
-        self.tokenizer = Tokenizer(checkpoint.folder)
         self.cache: list | None = None
 
     def attach_adapter(self, adapter: Adapter, training: TrainingConfig) -> None:
@@ -89,9 +87,6 @@ class MlxModel(Model):
 
     def adapter(self) -> Tensors:
         return self.tuner.adapter()
-
-    def tokenize(self, text: str) -> list[int]:
-        return self.tokenizer.ids(text)
 
     def synchronize(self) -> None:
         mx.synchronize()

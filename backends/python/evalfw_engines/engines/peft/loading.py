@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from ...checkpoint import PROJECTIONS, Checkpoint
 from ...engine import NF4, NONE, Engine, LoadTimes
 from ...errors import Framework
-from . import limits
+from . import decoding, limits
 from .device import Device
 from .model import PeftModelOnDevice
 
@@ -49,7 +49,13 @@ class PeftEngine(Engine):
         return features
 
     def limits(self) -> dict[str, float | None]:
-        return super().limits() if self.device.kind == "cpu" else limits.measure()
+        if self.device.kind == "cpu":
+            return super().limits()
+        measured = limits.measure()
+        # No model's memory.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return measured
 
     def load(self, checkpoint: Checkpoint, quantization: str, times: LoadTimes) -> PeftModelOnDevice:
         # transformers reads, quantizes and moves one tensor after the other, and does not tell the parts apart.
@@ -62,7 +68,9 @@ class PeftEngine(Engine):
             local_files_only=True,
         )
         check_quantized(model, quantization)
-        return PeftModelOnDevice(model, checkpoint, self.device)
+        if self.device.kind == "cpu":
+            decoding.check(model)
+        return PeftModelOnDevice(model, self.device)
 
     def nf4(self) -> BitsAndBytesConfig:
         return BitsAndBytesConfig(

@@ -12,11 +12,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ...batches import Batch, trained_tokens
-from ...checkpoint import Checkpoint
 from ...engine import Model, Tensors
 from ...errors import Protocol
 from ...lora import Adapter
-from ...tokenizer import Tokenizer
 from ...training import TrainingConfig
 from .device import Device
 from .packing import Packing
@@ -32,12 +30,11 @@ class Mode(Enum):
 
 
 class PeftModelOnDevice(Model):
-    def __init__(self, base: PreTrainedModel, checkpoint: Checkpoint, device: Device) -> None:
+    def __init__(self, base: PreTrainedModel, device: Device) -> None:
         self.base = base
         # The base, or the base with an adapter.
         self.model: PreTrainedModel | PeftModel = base
         self.device = device
-        self.tokenizer = Tokenizer(checkpoint.folder)
         self.packing = Packing(base, device.dtype, device.kind)
         # `None`: not known, as modules came or went.
         self.mode: Mode | None = None
@@ -72,6 +69,8 @@ class PeftModelOnDevice(Model):
         self.max_grad_norm = training.max_grad_norm
 
     def detach(self) -> None:
+        # PEFT reads the weights in passing, which brings them back with other scales.
+        self.packing.keep()
         self.optimizer = self.cache = self.mode = None
         self.parameters = {}
         if isinstance(self.model, PeftModel):
@@ -172,9 +171,6 @@ class PeftModelOnDevice(Model):
 
     def adapter(self) -> Tensors:
         return {name: as_array(parameter) for name, parameter in self.parameters.items()}
-
-    def tokenize(self, text: str) -> list[int]:
-        return self.tokenizer.ids(text)
 
     def enter(self, mode: Mode) -> None:
         """A walk over all modules, so only where the mode changes."""

@@ -48,5 +48,5 @@ class Packing:
             weight = layer.weight
             if getattr(weight.quant_state, "packing_format_for_cpu", False):
                 weight.data, _ = functional._convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
-                weight.quant_state = layer.quant_state = scales
+            weight.quant_state = layer.quant_state = scales
         self.scales = None
