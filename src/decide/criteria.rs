@@ -25,6 +25,7 @@ pub const PROBES: &[&str] = &[
     "tied_head",
     "untied_head",
     "sharded_checkpoint",
+    "tokenizer",
     "kv_cache_generation",
     "full_context",
 ];

@@ -43,7 +43,7 @@ pub struct Declaration {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Handicap {
-    /// As in `devices`.
+    /// As in `devices`, or `any`.
     pub on: String,
     pub what: String,
 }
@@ -172,7 +172,7 @@ impl External {
     /// What is declared of it on such a device.
     pub fn handicaps(&self, device: DeviceKind) -> Vec<String> {
         let on_cpu = device == DeviceKind::Cpu;
-        let applies = |handicap: &&Handicap| (handicap.on == "cpu") == on_cpu;
+        let applies = |handicap: &&Handicap| handicap.on == "any" || (handicap.on == "cpu") == on_cpu;
         self.declaration.handicaps.iter().filter(applies).map(|handicap| handicap.what.clone()).collect()
     }
 

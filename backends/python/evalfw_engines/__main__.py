@@ -1,5 +1,5 @@
-"""`python -m evalfw_engines ENGINE` serves an engine on standard input and output; with `--version` it prints the versions
-of the engine's libraries as a JSON object, or of those of all engines where none is named."""
+"""`python -m evalfw_engines ENGINE` serves an engine on standard input and output. With `--version` it prints the
+versions of the engine's libraries as a JSON object, or of those of all engines where none is named."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def serve(name: str) -> int:
     try:
         protocol.serve(lambda: open_engine(name), requests, replies)
     except BrokenPipeError:
-        # Nobody is left to tell.
+        # Nobody is left to tell; what is still in the buffer may go, so that closing it does not fail once more.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, replies.fileno())
         return 1
     except KeyboardInterrupt:
         return 130

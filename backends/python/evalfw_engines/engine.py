@@ -55,9 +55,9 @@ class Engine(ABC):
         """The fields of the protocol's `EngineInfo` but for `protocol` and `engine_version`, which the serve loop
         adds. `about.cpu_device` makes the `device` of an engine on the CPU.
 
-        `engine` is the name on the command line; `framework`, `framework_version`, `device`, `compute_dtype`, `features`
-        (a list of strings), `quantizations` and `threads` are required; `own_dropout` is true where the masks are the
-        framework's own. Cheap, and cannot fail.
+        `engine` is the name on the command line; `framework`, `framework_version`, `device`, `compute_dtype`,
+        `features` (a list of strings), `quantizations` and `threads` are required; `own_dropout` is true where the
+        masks are the framework's own. Cheap, and cannot fail.
         """
 
     @abstractmethod

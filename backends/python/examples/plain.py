@@ -686,7 +686,7 @@ class Engine:
             check(name, params.get(name), kind)
         if not self.greeted and method not in ("hello", "bye"):
             raise Refusal("protocol", f"{method} before hello")
-        if self.model is None and method not in ("hello", "limits", "load", "bye"):
+        if self.model is None and method not in ("hello", "limits", "tokenize", "load", "bye"):
             raise Refusal("protocol", f"{method} before load")
         return call(**{name: params[name] for name in needed})
 

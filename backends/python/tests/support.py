@@ -1,5 +1,5 @@
-"""A tiny checkpoint, an adapter for it, an engine that computes nothing, and a conversation with it: all by the standard
-library alone."""
+"""A tiny checkpoint, an adapter for it, an engine that computes nothing, and a conversation with it: all by the
+standard library alone."""
 
 from __future__ import annotations
 

@@ -273,7 +273,7 @@ class Lines(ServeTest):
             b"not json", b"[]", b"3", b"null", b"{}", b'{"id": -1, "method": "memory", "params": {}}',
             b'{"id": "1", "method": "memory", "params": {}}', b'{"id": true, "method": "memory", "params": {}}',
             b'{"id": 1.5}', b"\xff\xfe\x00", b"[" * 100_000, b'{"id": ' + b"9" * 10_000 + b"}",
-            b'{"id": NaN, "method": "memory", "params": {}}', b"x" * 5_000_000,
+            b'{"id": 1, "method": "bye", "params": {"x": NaN}}', b"x" * 5_000_000,
         ]
         conversation = Conversation()
         for line in garbage:

@@ -5,6 +5,7 @@ evaluated after each, the allocator's cache given back. In it, where the harness
 defaults:
 
 - the loss is divided by the supervised positions of all micro-batches together, not batch by batch;
+- with dropout, a block that is computed again drops what it dropped before (`masks`);
 - positions without a label are left out wherever they stand, not only before and after an answer;
 - AdamW corrects its bias, as PyTorch's always does, and gradients are clipped by `mlx.optimizers` where that is asked
   for. Their norm is always computed, for it is reported.
@@ -28,6 +29,7 @@ from ...batches import trained_tokens
 from ...checkpoint import PROJECTIONS, module_path
 from ...engine import Tensors
 from ...lora import tensor_name
+from . import masks
 
 if TYPE_CHECKING:
     from ...batches import Batch
@@ -63,7 +65,9 @@ class Tuner:
         mx.eval(model.trainable_parameters())
         # The layers are new, and know no mode yet.
         model.train()
-        if training.gradient_checkpointing:
+        if config.lora_dropout > 0:
+            masks.install(model, self.block, checkpointing=training.gradient_checkpointing)
+        elif training.gradient_checkpointing:
             grad_checkpoint(model.layers[0])
         self.optimizer = optim.AdamW(
             learning_rate=training.learning_rate,

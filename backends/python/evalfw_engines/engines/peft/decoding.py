@@ -1,8 +1,8 @@
 """NF4 on a CPU for matrices whose rows are no whole blocks.
 
-The blocks go on from row to row. The loops of bitsandbytes for AVX-512 begin a new one with each row, and decode another
-matrix where a row is not a number of blocks. No Qwen2.5 has such rows, but small models do. So such a matrix is decoded in
-both ways once, and where the two differ torch decodes in place of bitsandbytes, for as long as the process runs.
+The blocks go on from row to row. bitsandbytes 0.50 decodes such a matrix wrongly on CPUs with AVX-512, and rightly on
+those without. No Qwen2.5 has rows like that, but small models do. So one of each row length is decoded in both ways, and
+where the two differ torch decodes in place of bitsandbytes, for as long as the process runs.
 """
 
 from __future__ import annotations
