@@ -224,18 +224,20 @@ impl Tool {
         }
     }
 
-    /// Only what the hashes stand for.
+    /// What the hashes stand for, which is complete, and nothing else.
     fn install_packages(&self, environment: &Environment, requirements: &Path) -> Command {
         match self {
             Self::Uv { .. } => {
                 let mut command = Command::new("uv");
-                command.args(["pip", "install", "--require-hashes", "--python"]).arg(environment.python());
+                command
+                    .args(["pip", "install", "--require-hashes", "--no-deps", "--python"])
+                    .arg(environment.python());
                 command.arg("-r").arg(requirements);
                 command
             }
             Self::Pip => {
                 let mut command = Command::new(environment.python());
-                command.args(["-m", "pip", "install", "--require-hashes", "--no-input"]);
+                command.args(["-m", "pip", "install", "--require-hashes", "--no-deps", "--no-input"]);
                 command
                     .args(["--disable-pip-version-check", "--progress-bar", "off", "-r"])
                     .arg(requirements);
@@ -336,7 +338,10 @@ fn count_packages(environment: &Environment) -> usize {
             let name = entry.file_name();
             match name.to_string_lossy().ends_with(".dist-info") {
                 true => 1,
-                false if depth > 0 && entry.path().is_dir() => count(&entry.path(), depth - 1),
+                // On some systems lib64 is a link to lib.
+                false if depth > 0 && entry.file_type().is_ok_and(|kind| kind.is_dir()) => {
+                    count(&entry.path(), depth - 1)
+                }
                 false => 0,
             }
         };
