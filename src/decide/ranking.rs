@@ -218,10 +218,9 @@ impl Ranking {
 
     /// The finalists with the share of the draws in which each is first, from often to seldom.
     pub fn by_acceptability(&self) -> Vec<(&str, f64)> {
-        let engines = self.acceptability.iter().flat_map(|drawn| &drawn.engines);
-        let mut shares: Vec<(&str, f64)> = engines.map(|e| (e.engine.as_str(), e.ranks[0])).collect();
-        shares.sort_by(|a, b| b.1.total_cmp(&a.1));
-        shares
+        let mut engines: Vec<_> = self.acceptability.iter().flat_map(|drawn| &drawn.engines).collect();
+        engines.sort_by(|a, b| a.order(b));
+        engines.into_iter().map(|e| (e.engine.as_str(), e.ranks[0])).collect()
     }
 }
 
@@ -508,7 +507,7 @@ fn verdict(
 /// The one that is first often enough, if its lead can be seen at all.
 fn called(drawn: &Acceptability, least: f64) -> Option<Verdict> {
     let mut engines: Vec<&EngineAcceptability> = drawn.engines.iter().collect();
-    engines.sort_by(|a, b| b.ranks[0].total_cmp(&a.ranks[0]));
+    engines.sort_by(|a, b| a.order(b));
     let [first, second, ..] = engines[..] else { return None };
     (first.ranks[0] >= least && first.ahead >= RESOLUTION).then(|| Verdict::Winner {
         engine: first.engine.clone(),

@@ -12,6 +12,7 @@ use crate::stats::median;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
+use std::cmp::Ordering;
 
 /// An engine with what its scores are drawn from, in the order of the criteria.
 pub struct Alternative<'a> {
@@ -123,6 +124,18 @@ pub struct EngineAcceptability {
     pub confidence: Option<f64>,
     /// Half of the draws are above it: its total less the best of the others, with the weights as stated.
     pub ahead: f64,
+}
+
+impl EngineAcceptability {
+    /// From the one that is first most often on; of those that are first equally often the one that is second more often
+    /// comes before, and so on.
+    pub fn order(&self, other: &Self) -> Ordering {
+        let ranks = self.ranks.iter().zip(&other.ranks);
+        ranks
+            .map(|(own, of_other)| of_other.total_cmp(own))
+            .find(|order| order.is_ne())
+            .unwrap_or(Ordering::Equal)
+    }
 }
 
 /// Weights in percent, in the order of the criteria.

@@ -46,17 +46,17 @@ fn head_flops(config: &ModelConfig) -> f64 {
 }
 
 /// Bytes of weights that a generated token reads at least: the projections as they are stored, and a head of 16 bits.
-/// `None` for a format of the framework's own.
-pub fn token_bytes(config: &ModelConfig, quantization: Quantization) -> Option<f64> {
+/// A format of the framework's own counts as NF4: four bits are what the job asks for, and what it reads beyond them is
+/// no credit to it.
+pub fn token_bytes(config: &ModelConfig, quantization: Quantization) -> f64 {
     let shapes = Target::ALL.iter().map(|target| config.projection_shape(*target));
     let projections: usize = shapes.map(|[rows, cols]| rows * cols).sum();
     let of_weight = match quantization {
-        Quantization::Nf4 => NF4_BYTES,
+        Quantization::Nf4 | Quantization::Native => NF4_BYTES,
         Quantization::None => 2.0,
-        Quantization::Native => return None,
     };
     let head = 2 * config.hidden_size * config.vocab_size;
-    Some(of_weight * (config.num_hidden_layers * projections) as f64 + head as f64)
+    of_weight * (config.num_hidden_layers * projections) as f64 + head as f64
 }
 
 /// Shares of the limits, from 0 to 1 and above it where the limit was measured too low; each `None` where limit or
@@ -110,7 +110,7 @@ pub fn prefill_share(cell: &CellRecord) -> Option<f64> {
 pub fn decode_share(cell: &CellRecord) -> Option<f64> {
     let (config, _) = known(cell)?;
     let rate = rate(counted_decodes(&cell.samples))?;
-    finite(token_bytes(config, cell.quantization)? * rate / read_limit_of(cell)?)
+    finite(token_bytes(config, cell.quantization) * rate / read_limit_of(cell)?)
 }
 
 /// What a share takes beside the times.
@@ -183,9 +183,9 @@ mod tests {
         let config = Preset::parse("0.5b").unwrap().config;
         let flops = step_flops(&config, 512, 16, 400.0);
         assert_eq!(flops, STEP_FLOPS);
-        let bytes = token_bytes(&config, Quantization::Nf4).unwrap();
+        let bytes = token_bytes(&config, Quantization::Nf4);
         assert_eq!(bytes.round(), TOKEN_BYTES);
-        assert_eq!(token_bytes(&config, Quantization::Native), None);
+        assert_eq!(token_bytes(&config, Quantization::Native), token_bytes(&config, Quantization::Nf4));
     }
 
     const STEP_FLOPS: f64 = 1_011_495_206_912.0;

@@ -9,7 +9,7 @@ use evalfw::decide::score::Score;
 use evalfw::decide::{Decision, decide};
 use evalfw::measure::limits::Limits;
 use evalfw::record::{CellRecord, Outcome};
-use evalfw_engine::protocol::{DeviceKind, DeviceMemory};
+use evalfw_engine::protocol::{DeviceKind, DeviceMemory, Quantization};
 use std::io::Write;
 
 fn decision(cells: &[CellRecord]) -> Decision {
@@ -487,4 +487,23 @@ fn other_hardware_has_a_verdict_of_its_own() {
     assert_eq!((apple.is_measured, apple.best.as_deref()), (false, None));
     assert_eq!(apple.engines[0].missing.as_deref(), Some("candle was built without metal"));
     assert!(apple.command.contains("--engine candle-metal"), "{}", apple.command);
+}
+
+#[test]
+fn a_framework_without_nf4_is_compared_by_its_own_format_and_one_with_it_is_not() {
+    let native = |cell: &mut CellRecord| {
+        cell.cell = cell.cell.replace("/nf4/", "/native/");
+        cell.parameters = cell.parameters.quantized(Quantization::Native);
+        cell.quantization = Quantization::Native;
+    };
+    let mut all = cells(&[lean(), fat()]);
+    all.iter_mut().filter(|cell| cell.engine == "fat").for_each(native);
+    let ranking = headline(&all);
+    assert_eq!(score(&ranking, "lean", MEMORY).value(), Some(10.0));
+    assert_eq!(score(&ranking, "fat", MEMORY).value(), Some(5.0));
+
+    // With one load in NF4 it has that format, and its other cells are not what is compared.
+    let mut all = cells(&[lean(), fat()]);
+    all.iter_mut().filter(|cell| cell.engine == "fat" && cell.scenario != "load").for_each(native);
+    assert_eq!(score(&headline(&all), "fat", MEMORY).value(), None);
 }

@@ -78,10 +78,10 @@ fn the_committed_record_renders_as_committed() {
 /// The run that the README shows.
 #[test]
 fn the_committed_run_renders_as_committed() {
-    let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("results/20261124-204355-default");
+    let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("results/20261128-191456-frameworks");
     let report = render(&run, "", &Criteria::built_in().unwrap()).unwrap();
     let committed = |name: &str| std::fs::read_to_string(run.join(name)).unwrap();
-    let hint = "render it again: evalfw report results/20261124-204355-default";
+    let hint = "render it again: evalfw report results/20261128-191456-frameworks";
     assert!(committed("report.md") == report.markdown, "{hint}");
     assert!(committed("report.html") == report.page("").unwrap(), "{hint}");
     for chart in &report.charts {

@@ -165,8 +165,15 @@ fn overview(
             }
         }
     }
+    let mut told: Vec<(Vec<&str>, Vec<String>)> = Vec::new();
     for (caveat, engines) in caveats {
-        sentences.push(format!("To know of {} here: {}.", code(&engines), markdown(caveat)));
+        match told.iter_mut().find(|(known, _)| *known == engines) {
+            Some((_, all)) => all.push(markdown(caveat)),
+            None => told.push((engines, vec![markdown(caveat)])),
+        }
+    }
+    for (engines, caveats) in told {
+        sentences.push(format!("To know of {} on this machine: {}.", code(&engines), caveats.join("; ")));
     }
     sentences
 }
@@ -212,7 +219,7 @@ fn settings(engines: &[&str], jobs: &[Job], model: &str) -> Option<Vec<(&'static
     types.sort_unstable();
     types.dedup();
     let mut rows = configuration(train);
-    rows.push(("compute type", types.join(", ")));
+    rows.push(("compute type", types.join(" | ")));
     Some(rows)
 }
 
@@ -239,6 +246,6 @@ fn configuration(train: &TrainScenario) -> Vec<(&'static str, String)> {
             "batch size × accumulation",
             format!("{} × {}", train.batch_size, train.gradient_accumulation_steps),
         ),
-        ("learning rate", plain(train.learning_rate)),
+        ("learning rate", train.learning_rate.to_string()),
     ]
 }

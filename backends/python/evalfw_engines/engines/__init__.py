@@ -32,7 +32,7 @@ ENGINES = {
 def open_engine(name: str) -> Engine:
     """Imports the engine's module and opens its device."""
     entry = ENGINES[name]
-    advice = f"install backends/python/requirements/{entry.requirements} into this Python's environment"
+    advice = f"`evalfw engines install --force {name}` makes its environment (requirements/{entry.requirements})"
     try:
         module = importlib.import_module(f"{__name__}.{entry.module}")
         return module.open_engine()
