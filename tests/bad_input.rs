@@ -97,7 +97,8 @@ fn unknown_names_list_the_known_ones() {
     let workspace = Workspace::new();
     let run = |arguments: &[&str]| workspace.evalfw().arg("run").args(arguments).assert().code(2);
     run(&["--engine", "candle"]).stderr(predicate::str::contains("candle-cpu"));
-    run(&["--suite", "quik"]).stderr(predicate::str::contains("default, full, gpu, large, long, quick"));
+    run(&["--suite", "quik"])
+        .stderr(predicate::str::contains("default, frameworks, full, gpu, large, long, quick"));
     run(&["--scenario", "trian"]).stderr(predicate::str::contains("infer, load, quality, train"));
     run(&["--model", "9b"]).stderr(predicate::str::contains("qwen2.5-coder-7b"));
     workspace.evalfw().args(["synth", "9b", "x"]).assert().code(2).stderr(predicate::str::contains("tiny"));

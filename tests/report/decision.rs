@@ -485,8 +485,10 @@ fn other_hardware_has_a_verdict_of_its_own() {
     assert_eq!(of("Linux").best.as_deref(), Some("candle-cpu"));
     let apple = of("Apple");
     assert_eq!((apple.is_measured, apple.best.as_deref()), (false, None));
-    assert_eq!(apple.engines[0].missing.as_deref(), Some("candle was built without metal"));
-    assert!(apple.command.contains("--engine candle-metal"), "{}", apple.command);
+    let missing = |name: &str| apple.engines.iter().find(|e| e.engine == name).unwrap().missing.as_deref();
+    assert_eq!(missing("candle-metal"), Some("candle was built without metal"));
+    assert_eq!(missing("mlx-lm"), Some("it was not run"));
+    assert!(apple.command.contains("--engine mlx-lm,candle-metal"), "{}", apple.command);
 }
 
 #[test]
