@@ -57,7 +57,7 @@ fn main() -> Result<()> {
     }
     let engine = arguments.first().map_or("candle-cpu", String::as_str);
     let rounds: usize = arguments.get(1).map_or(Ok(8), |n| n.parse()).context("ROUNDS is a number")?;
-    engines::find(engine)?;
+    engines::built_in_engine(engine)?;
     compare(engine, rounds)
 }
 
@@ -178,7 +178,7 @@ fn bare_times(engine: &str, suite: &Suite, inputs: &ModelInputs) -> Result<Times
 
 /// The cell as a program of its own would do it.
 fn outside(work: &Work) -> Result<Times> {
-    let mut engine = (engines::find(&work.engine)?.open)()?;
+    let mut engine = (engines::built_in_engine(&work.engine)?.open)()?;
     let checkpoint = Checkpoint::open(&work.model)?;
     let mut load = LoadTimes::default();
     let loader = WeightLoader::new(&checkpoint, work.scenario.quantization(), &mut load);

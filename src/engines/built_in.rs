@@ -139,6 +139,12 @@ pub fn is_stock_form_of(stock: &str, engine: &str) -> bool {
     stock != engine && stock_form(engine) == Some(stock)
 }
 
+/// A built-in engine by its name.
+pub fn built_in_engine(name: &str) -> Result<&'static EngineSpec> {
+    let engine = ENGINES.iter().find(|engine| engine.name == name);
+    engine.with_context(|| format!("no engine {name:?} is built in"))
+}
+
 /// Where it is remembered that a GPU has passed an engine's self-check. `None` where there is no cache folder.
 pub fn self_checks() -> Option<PathBuf> {
     Some(cache_dir().ok()?.join("self-check"))
