@@ -205,11 +205,7 @@ fn settings(args: &RunArgs) -> Result<Settings> {
         engines_named: named,
         model: args.model.as_deref().map(absolute_if_folder).transpose()?,
         data: args.data.clone().map(std::path::absolute).transpose()?,
-        workers: Workers {
-            threads: args.threads,
-            launcher,
-            engines_file: registry.file().map(Path::to_owned),
-        },
+        workers: Workers { threads: args.threads, launcher, ..registry.workers() },
         no_limits: args.no_limits,
         repeat_disturbed: args.repeat_disturbed.unwrap_or(REPEAT_DISTURBED),
     })

@@ -12,7 +12,7 @@ use crate::worker::Workers;
 use anyhow::{Result, bail};
 use clap::Args;
 use comfy_table::{Table, presets};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 const AFTER_HELP: &str = "\
@@ -59,7 +59,7 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     for name in &args.engine {
         registry.find(name)?;
     }
-    let workers = Workers { engines_file: registry.file().map(Path::to_owned), ..Workers::default() };
+    let workers = registry.workers();
     let named = !args.engine.is_empty();
     let mut names: Vec<&str> = match named {
         true => args.engine.iter().map(String::as_str).collect(),

@@ -41,30 +41,27 @@ impl Conversation {
 
     /// One call by its types.
     pub fn call<C: CallType>(&mut self, call: C) -> Result<Result<C::Reply, EngineError>, Broke> {
-        let request = serde_json::to_value(Request { id: self.next_id, call: call.into() })?;
-        let method = request["method"].as_str().unwrap_or_default().to_owned();
-        let reply = self.send(&request)?;
-        match reply {
-            Ok(result) => match serde_json::from_value(result) {
-                Ok(reply) => Ok(Ok(reply)),
-                Err(error) => Err(format!("the reply to {method}: {error}").into()),
-            },
-            Err(error) => Ok(Err(error)),
-        }
+        Ok(self.exchange(call)?.1)
     }
 
     /// One call that has to succeed.
     pub fn done<C: CallType>(&mut self, call: C) -> Result<C::Reply, Broke> {
-        let request: evalfw_engine::protocol::Call = call.into();
-        let request = serde_json::to_value(Request { id: self.next_id, call: request })?;
+        let (method, outcome) = self.exchange(call)?;
+        outcome.map_err(|error| format!("{method} failed: {error}").into())
+    }
+
+    /// The method's name with the outcome.
+    fn exchange<C: CallType>(&mut self, call: C) -> Result<(String, Result<C::Reply, EngineError>), Broke> {
+        let request = serde_json::to_value(Request { id: self.next_id, call: call.into() })?;
         let method = request["method"].as_str().unwrap_or_default().to_owned();
-        match self.send(&request)? {
+        let outcome = match self.send(&request)? {
             Ok(result) => {
-                Ok(serde_json::from_value(result)
-                    .map_err(|error| format!("the reply to {method}: {error}"))?)
+                let reply = serde_json::from_value(result);
+                Ok(reply.map_err(|error| format!("the reply to {method}: {error}"))?)
             }
-            Err(error) => Err(format!("{method} failed: {error}").into()),
-        }
+            Err(error) => Err(error),
+        };
+        Ok((method, outcome))
     }
 
     /// One call by its name.

@@ -10,6 +10,7 @@ pub use environment::{Environment, Installed, State};
 pub use external::{Declaration, External, Install, Invocation, Missing};
 pub use install::{Installer, Python, USERS_OWN, install, remove};
 
+use crate::worker::Workers;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::path::{Path, PathBuf};
@@ -66,6 +67,11 @@ impl Registry {
 
     pub fn file(&self) -> Option<&Path> {
         self.file.as_deref()
+    }
+
+    /// How its engines are started on this machine.
+    pub fn workers(&self) -> Workers {
+        Workers { engines_file: self.file.clone(), ..Workers::default() }
     }
 
     pub fn external(&self) -> impl Iterator<Item = &External> {

@@ -35,21 +35,11 @@ impl Session {
         model: &Path,
         quantization: Quantization,
     ) -> Result<(Self, EngineInfo), Broken> {
-        let (mut session, info) = Self::start(command)?;
-        session.call("load", Load { model: model.to_owned(), quantization })?;
-        Ok((session, info))
-    }
-
-    /// Without a model.
-    pub fn greeted(command: &WorkerCommand) -> Result<Self, Broken> {
-        Ok(Self::start(command)?.0)
-    }
-
-    fn start(command: &WorkerCommand) -> Result<(Self, EngineInfo), Broken> {
         let client = Client::start(command, None, TIMEOUT).map_err(|f| broken(&f, "start", Vec::new()))?;
         let mut session = Self { client };
         let hello = session.client.hello();
         let info = session.named("hello", hello)?;
+        session.call("load", Load { model: model.to_owned(), quantization })?;
         Ok((session, info))
     }
 

@@ -6,7 +6,6 @@
 use super::compare::Deviation;
 use super::session::{Broken, Session};
 use super::{Check, Verdict};
-use crate::worker::WorkerCommand;
 use anyhow::{Context, Result, bail};
 use evalfw_engine::protocol::Tokenize;
 use serde::Deserialize;
@@ -46,8 +45,7 @@ impl TokenizerCases {
     }
 
     /// Holds what the engine, or else the harness, makes of the texts against the reference.
-    pub fn check(&self, command: &WorkerCommand, verdict: &mut Verdict) -> Result<(), Broken> {
-        let mut session = Session::greeted(command)?;
+    pub fn check(&self, session: &mut Session, verdict: &mut Verdict) -> Result<(), Broken> {
         let mut made = Vec::new();
         for case in &self.cases {
             match session.call("tokenize", Tokenize { folder: self.folder.clone(), text: case.text.clone() })

@@ -4,12 +4,11 @@ use crate::conformance::{Conformance, check};
 use crate::engines::{Engine, EnginesFile, Registry};
 use crate::interrupt;
 use crate::output::{note, print};
-use crate::worker::{WorkerCommand, Workers};
+use crate::worker::WorkerCommand;
 use anyhow::{Context, Result};
 use clap::Args;
 use comfy_table::{ContentArrangement, Table, presets};
 use evalfw_engine::protocol::schema as of_protocol;
-use std::path::Path;
 use std::process::ExitCode;
 
 /// Try a command of your own against the worker protocol (backends/PROTOCOL.md), rule by rule, then its numbers
@@ -59,8 +58,7 @@ pub fn run(args: &CheckArgs) -> Result<ExitCode> {
 
 fn command(registry: &Registry, words: &[String]) -> Result<WorkerCommand> {
     if let ([name], Ok(Engine::External(_) | Engine::BuiltIn(_))) = (words, registry.find(&words[0])) {
-        let workers = Workers { engines_file: registry.file().map(Path::to_owned), ..Workers::default() };
-        return workers.of_engine(name).context("where is this program?");
+        return registry.workers().of_engine(name).context("where is this program?");
     }
     let (program, arguments) = words.split_first().context("no command")?;
     Ok(WorkerCommand {

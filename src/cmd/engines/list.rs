@@ -3,13 +3,11 @@
 use crate::engines::{ENGINES, Registry};
 use crate::output::print;
 use crate::probe::{Availability, probe};
-use crate::worker::Workers;
 use anyhow::Result;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{ContentArrangement, Table};
 use evalfw_engine::protocol::EngineInfo;
 use serde::Serialize;
-use std::path::Path;
 use std::process::ExitCode;
 
 #[derive(Serialize)]
@@ -22,7 +20,7 @@ struct Row<'a> {
 }
 
 pub fn run(registry: &Registry, json: bool) -> Result<ExitCode> {
-    let workers = Workers { engines_file: registry.file().map(Path::to_owned), ..Workers::default() };
+    let workers = registry.workers();
     let built_in = ENGINES.iter().map(|engine| (engine.name, engine.summary));
     let external = registry.external().map(|engine| (engine.name(), engine.declaration.summary.as_str()));
     let row = |(engine, summary)| {

@@ -9,6 +9,7 @@ pub use forward::{FULL_CONTEXT, LOGITS, TRAINED_ADAPTER};
 use super::compare::{Deviation, relative};
 use super::reference::ReferenceModel;
 use super::session::{Broken, Session};
+use super::tokenizer::TokenizerCases;
 use super::tolerance::Tolerances;
 use super::{Check, Scope, Verdict};
 use crate::worker::WorkerCommand;
@@ -18,21 +19,26 @@ use std::collections::VecDeque;
 use std::path::Path;
 use tempfile::TempDir;
 
-/// All checks of `model` that belong to `scope`, in the forms of the base that the engine has.
+/// All checks of `model` that belong to `scope`, in the forms of the base that the engine has; and, in the first session,
+/// those of the tokenizer, if it is given.
 pub fn run(
     command: &WorkerCommand,
     model: &ReferenceModel,
     scope: Scope,
+    tokenizer: Option<&TokenizerCases>,
     verdict: &mut Verdict,
 ) -> Result<(), Broken> {
     // The first is had by all, and its session says which others there are.
     let mut forms = VecDeque::from([Quantization::None]);
     while let Some(quantization) = forms.pop_front() {
-        let (session, info) = Session::open(command, &model.model, quantization)?;
+        let (mut session, info) = Session::open(command, &model.model, quantization)?;
         let tolerances = session.harness("hello", Tolerances::of(&info.compute_dtype))?;
         if quantization == Quantization::None {
             let others = [Quantization::Nf4, Quantization::Native];
             forms.extend(others.into_iter().filter(|form| info.quantizations.contains(form)));
+            if let Some(tokenizer) = tokenizer {
+                tokenizer.check(&mut session, verdict)?;
+            }
         }
         verdict.info = Some(info);
         verdict.tolerances = Some(tolerances);

@@ -16,10 +16,10 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from ...checkpoint import Checkpoint
-from ...engine import NF4, NONE, Engine, LoadTimes
-from ..peft import decoding, limits
+from ...engine import LoadTimes
+from ..peft import decoding
 from ..peft.device import Device
-from ..peft.loading import check_quantized, cpu_kernels
+from ..peft.loading import TorchEngine, check_quantized, cpu_kernels
 from .config import Configuration
 from .model import AxolotlModel
 
@@ -30,25 +30,11 @@ def open_device() -> Device:
     return device if device.kind == "cuda" else Device(device.kind, "f32")
 
 
-class AxolotlEngine(Engine):
+class AxolotlEngine(TorchEngine):
     def __init__(self, device: Device) -> None:
-        self.device = device
+        super().__init__("axolotl", metadata.version("axolotl"), device)
         # Removed when the process ends.
         self.scratch = tempfile.TemporaryDirectory(prefix="evalfw-axolotl-", ignore_cleanup_errors=True)
-        transformers.utils.logging.disable_progress_bar()
-
-    def info(self) -> dict[str, object]:
-        return {
-            "engine": "axolotl",
-            "framework": "axolotl",
-            "framework_version": metadata.version("axolotl"),
-            "device": self.device.info(),
-            "compute_dtype": self.device.compute,
-            "features": self.features(),
-            "quantizations": [NONE, NF4],
-            "threads": torch.get_num_threads(),
-            "own_dropout": True,
-        }
 
     def features(self) -> list[str]:
         features = [
@@ -61,9 +47,6 @@ class AxolotlEngine(Engine):
         if self.device.kind == "cpu":
             features += ["no LoRA kernels of axolotl", *cpu_kernels()]
         return features
-
-    def limits(self) -> dict[str, float | None]:
-        return super().limits() if self.device.kind == "cpu" else limits.measure()
 
     def load(self, checkpoint: Checkpoint, quantization: str, times: LoadTimes) -> AxolotlModel:
         configuration = Configuration(checkpoint.folder, quantization, self.device, Path(self.scratch.name))

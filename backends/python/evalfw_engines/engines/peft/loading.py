@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import bitsandbytes
 import peft
 import torch
@@ -19,16 +21,18 @@ from .model import PeftModelOnDevice
 ATTENTION = "sdpa"
 
 
-class PeftEngine(Engine):
-    def __init__(self, device: Device) -> None:
-        self.device = device
+class TorchEngine(Engine):
+    """What engines on torch, transformers and bitsandbytes have in common."""
+
+    def __init__(self, name: str, version: str, device: Device) -> None:
+        self.name, self.version, self.device = name, version, device
         transformers.utils.logging.disable_progress_bar()
 
     def info(self) -> dict[str, object]:
         return {
-            "engine": "peft",
-            "framework": "peft",
-            "framework_version": peft.__version__,
+            "engine": self.name,
+            "framework": self.name,
+            "framework_version": self.version,
             "device": self.device.info(),
             "compute_dtype": self.device.compute,
             "features": self.features(),
@@ -36,6 +40,24 @@ class PeftEngine(Engine):
             "threads": torch.get_num_threads(),
             "own_dropout": True,
         }
+
+    @abstractmethod
+    def features(self) -> list[str]:
+        """What changes speed: versions, and what was fallen back from."""
+
+    def limits(self) -> dict[str, float | None]:
+        if self.device.kind == "cpu":
+            return super().limits()
+        measured = limits.measure()
+        # No model's memory.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return measured
+
+
+class PeftEngine(TorchEngine):
+    def __init__(self, device: Device) -> None:
+        super().__init__("peft", peft.__version__, device)
 
     def features(self) -> list[str]:
         features = [
@@ -47,15 +69,6 @@ class PeftEngine(Engine):
         if self.device.kind == "cpu":
             features += cpu_kernels()
         return features
-
-    def limits(self) -> dict[str, float | None]:
-        if self.device.kind == "cpu":
-            return super().limits()
-        measured = limits.measure()
-        # No model's memory.
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return measured
 
     def load(self, checkpoint: Checkpoint, quantization: str, times: LoadTimes) -> PeftModelOnDevice:
         # transformers reads, quantizes and moves one tensor after the other, and does not tell the parts apart.
