@@ -126,13 +126,15 @@ fn a_faulty_engine_is_a_typed_outcome_and_the_run_goes_on() {
     let words: Vec<&str> = vec![PYTHON, &script, &leak, PYTHON, &plain];
     let workspace = workspace(&[("faulty", &words)]);
     run(&workspace, "faulty,candle-cpu").assert().code(1);
-    let pid = fs::read_to_string(stray.path().join("pid")).unwrap();
+    let left = fs::read_to_string(stray.path().join("pid")).unwrap();
+    let (pid, folder) = left.split_once('\n').unwrap();
     let ended = || fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "));
     let deadline = Instant::now() + Duration::from_secs(10);
     while cfg!(target_os = "linux") && !ended() {
         assert!(Instant::now() < deadline, "what the engine started still runs");
         std::thread::sleep(Duration::from_millis(50));
     }
+    assert!(!Path::new(folder).exists(), "{folder} is left behind");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! `evalfw limits`: what this machine can do at best.
 
+use crate::folders::cache_dir;
 use crate::measure::limits::HostLimits;
-use crate::model::cache_dir;
 use crate::output::print;
 use crate::render::format::significant;
 use crate::render::terminal;

@@ -14,6 +14,8 @@ pub struct TargetVerdict {
     /// The best of those that were measured there.
     pub best: Option<String>,
     pub preferred: String,
+    /// What the record says against it.
+    pub against_preferred: Option<String>,
     /// Of the engines that can run there, the preferred one first.
     pub engines: Vec<TargetEngine>,
     /// What measures them there.
@@ -39,14 +41,27 @@ fn verdict(cells: &[CellRecord], ranking: Option<&Ranking>, target: &Target) -> 
     let engines: Vec<TargetEngine> = names.iter().map(of).collect();
     let there: Vec<&str> =
         engines.iter().filter(|e| e.missing.is_none()).map(|e| e.engine.as_str()).collect();
+    let best = ranking.and_then(|r| r.best_of(&there)).map(|candidate| candidate.engine.clone());
     TargetVerdict {
         title: target.title.clone(),
         is_measured: !there.is_empty(),
-        best: ranking.and_then(|r| r.best_of(&there)).map(|candidate| candidate.engine.clone()),
+        against_preferred: ranking
+            .filter(|_| there.contains(&target.preferred.as_str()))
+            .and_then(|ranking| against(ranking, &target.preferred, best.as_deref())),
+        best,
         preferred: target.preferred.clone(),
         engines,
         command: target.command.clone(),
     }
+}
+
+/// Of an engine that was measured there.
+fn against(ranking: &Ranking, preferred: &str, best: Option<&str>) -> Option<String> {
+    if let Some(out) = ranking.knocked_out.iter().find(|e| e.engine == preferred) {
+        let reasons: Vec<&str> = out.reasons.iter().map(|reason| reason.title).collect();
+        return Some(format!("knocked out: {}", reasons.join(", ")));
+    }
+    best.filter(|best| *best != preferred).map(|_| "measured, and not the best there".to_owned())
 }
 
 fn missing(cells: &[CellRecord], engine: &str, target: &Target) -> Option<String> {

@@ -68,8 +68,8 @@ pub struct Measured {
 
 impl Metric {
     const ALL: &[(&str, Metric, &str)] = &[
-        ("peak_training_memory_gb", Metric::PeakTrainingMemoryGb, "peak memory in training, GB"),
-        ("peak_inference_memory_gb", Metric::PeakInferenceMemoryGb, "peak memory in inference, GB"),
+        ("peak_training_memory_gb", Metric::PeakTrainingMemoryGb, "peak memory of a training run, GB"),
+        ("peak_inference_memory_gb", Metric::PeakInferenceMemoryGb, "peak memory of an inference run, GB"),
         (
             "training_share_percent",
             Metric::TrainingSharePercent,

@@ -2,10 +2,10 @@
 
 use super::breakeven::{BreakEven, break_even};
 use super::criteria::Criteria;
-use super::figures::{InferFigures, Spread, TrainFigures};
-use super::jobs::{Job, reference_scenario};
+use super::figures::{Footprint, InferFigures, Spread, TrainFigures};
+use super::jobs::{Job, reference_jobs, reference_scenario};
 use super::knockout::{KnockOut, knock_outs};
-use super::score::{Interval, RESOLUTION, Score, compare, total};
+use super::score::{Interval, PartScore, RESOLUTION, Score, compare, total};
 use super::smaa::{Acceptability, Alternative, EngineAcceptability, acceptability};
 use super::value::BEST;
 use crate::measure::host::Environment;
@@ -40,6 +40,8 @@ pub struct Candidate {
     /// In the order of the criteria.
     pub scores: Vec<Score>,
     pub total: Interval,
+    /// The phase in which the training job that engines are compared on took the most memory, e.g. `load`.
+    pub training_peak_in: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -55,6 +57,8 @@ pub struct Dominated {
     pub by: String,
     /// Titles of the criteria in which it is worse, and names of speeds, e.g. `training speed`.
     pub worse_in: Vec<String>,
+    /// Titles of single quantities in which it is better all the same, though not in the whole criterion.
+    pub better_parts: Vec<&'static str>,
     /// What speeds of both were measured: `training`, `inference`.
     pub speeds: Vec<&'static str>,
 }
@@ -98,6 +102,8 @@ pub struct EngineSpeed {
     pub real_tokens: Spread,
     /// Median over the slowest engine's.
     pub times_the_slowest: f64,
+    /// Whether its cells name a handicap on this machine.
+    pub has_caveats: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -291,23 +297,31 @@ fn candidate(jobs: &[Job], model: &ModelRecord, engine: &str, criteria: &Criteri
     let total = total(criteria.criteria.iter().map(|c| c.weight).zip(&scores));
     let mut cells = jobs.iter().filter(|j| j.engine == engine).flat_map(|j| j.ok());
     let framework = cells.find_map(|cell| cell.framework.clone()).unwrap_or_else(|| engine.to_owned());
-    Candidate { engine: engine.to_owned(), framework, scores, total }
+    let training_peak_in = training_peak_in(jobs, model, engine);
+    Candidate { engine: engine.to_owned(), framework, scores, total, training_peak_in }
+}
+
+fn training_peak_in(jobs: &[Job], model: &ModelRecord, engine: &str) -> Option<String> {
+    let job = reference_jobs(jobs, &model.name).into_iter().find(|j| j.engine == engine)?;
+    let (_, cell) = Footprint::of_job(job).filter(|(_, cell)| !Footprint::is_of_device(cell))?;
+    cell.samples.phases.iter().max_by_key(|phase| phase.peak_bytes).map(|phase| phase.name.clone())
 }
 
 fn speed_ratios(jobs: &[Job], model: &ModelRecord, candidates: &[Candidate]) -> Option<SpeedRatios> {
     let scenario = reference_scenario(jobs, &model.name, "train")?;
     let is_candidate = |engine: &str| candidates.iter().any(|c| c.engine == engine);
-    let mut speeds: Vec<(&str, Spread)> = jobs
+    let mut speeds: Vec<(&Job, Spread)> = jobs
         .iter()
         .filter(|j| j.scenario == scenario && j.is_qlora && is_candidate(j.engine))
-        .filter_map(|j| Some((j.engine, TrainFigures::of(j)?.real_tokens)))
+        .filter_map(|j| Some((j, TrainFigures::of(j)?.real_tokens)))
         .collect();
     speeds.sort_by(|a, b| b.1.median.total_cmp(&a.1.median));
     let slowest = speeds.last()?.1.median;
-    let engine = |(engine, real_tokens): (&str, Spread)| EngineSpeed {
-        engine: engine.to_owned(),
+    let engine = |(job, real_tokens): (&Job, Spread)| EngineSpeed {
+        engine: job.engine.to_owned(),
         real_tokens,
         times_the_slowest: real_tokens.median / slowest,
+        has_caveats: job.ok().any(|cell| !cell.caveats.is_empty()),
     };
     Some(SpeedRatios { scenario: scenario.to_owned(), engines: speeds.into_iter().map(engine).collect() })
 }
@@ -432,11 +446,22 @@ fn dominated(candidates: &[Candidate], criteria: &Criteria, speeds: &[Speed]) ->
             let measured = speeds.iter().filter(|s| s.of(&engine.engine).is_some());
             let mut speeds: Vec<&str> = measured.map(|s| s.kind).collect();
             speeds.dedup();
+            let better_parts = better_parts(engine, other);
             let (engine, by) = (engine.engine.clone(), other.engine.clone());
-            found.push(Dominated { engine, by, worse_in, speeds });
+            found.push(Dominated { engine, by, worse_in, better_parts, speeds });
         }
     }
     found
+}
+
+/// Quantities in which `a` scores better than `b`.
+fn better_parts(a: &Candidate, b: &Candidate) -> Vec<&'static str> {
+    let pairs = a.scores.iter().zip(&b.scores).flat_map(|(a, b)| a.parts().iter().zip(b.parts()));
+    let is_better = |(a, b): &(&PartScore, &PartScore)| match (a.score, b.score) {
+        (Some(a), Some(b)) => compare(a, b) == Ordering::Greater,
+        _ => false,
+    };
+    pairs.filter(is_better).map(|(a, _)| a.title).collect()
 }
 
 /// In what `a` is worse than `b`, if it is worse somewhere and better nowhere.

@@ -95,6 +95,14 @@ impl Score {
         parts.iter().find(|part| part.metric == metric)?.measured.as_ref()
     }
 
+    /// The quantities that it is made of; none where it is no sum of such.
+    pub fn parts(&self) -> &[PartScore] {
+        match self {
+            Self::Measured { basis: Basis::Metrics { parts }, .. } => parts,
+            _ => &[],
+        }
+    }
+
     /// Which of two engines is better in a criterion; `None` where the record cannot say. Where other things were
     /// measured of the one than of the other, they compare by what they can become.
     pub fn compare(&self, other: &Self) -> Option<Ordering> {

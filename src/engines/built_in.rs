@@ -1,6 +1,6 @@
 //! The engines that are built in: a line each.
 
-use crate::model::cache_dir;
+use crate::folders::cache_dir;
 use anyhow::{Context, Result};
 use evalfw_engine::{Engine, Error};
 use std::path::PathBuf;
@@ -235,7 +235,7 @@ mod candle {
 
 #[cfg(feature = "burn")]
 mod burn {
-    use crate::model::cache_dir;
+    use crate::folders::cache_dir;
     use evalfw_burn::{Autotune, BurnDevice, Preparation, Variant, When, open};
     use evalfw_engine::{Engine, Error, Result};
 

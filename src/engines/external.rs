@@ -2,6 +2,7 @@
 
 use super::environment::{Environment, State};
 use crate::folders::data_dir;
+use crate::measure::memory::gpu::has_nvidia_gpu;
 use anyhow::{Context, Result, bail};
 use evalfw_engine::protocol::DeviceKind;
 use include_dir::{Dir, include_dir};
@@ -54,6 +55,19 @@ pub struct Handicap {
 pub struct Install {
     /// The oldest and the newest Python that there are packages for.
     pub python: [String; 2],
+    /// As in [`Packages`], which they make.
+    requirements: PathBuf,
+    download_gb: f64,
+    installed_gb: f64,
+    note: Option<String>,
+    /// In place of these under Linux with an NVIDIA GPU, where a framework has another build for that.
+    nvidia: Option<Packages>,
+}
+
+/// What is installed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Packages {
     /// A file of pinned and hashed requirements, beside the declaring file.
     pub requirements: PathBuf,
     /// About so much is downloaded, and lies on the disk then.
@@ -162,6 +176,21 @@ impl Install {
             _ => bail!("install.python: two versions such as [\"3.10\", \"3.13\"], the older one first"),
         }
     }
+
+    /// What is installed on this machine.
+    pub fn packages(&self) -> Packages {
+        self.packages_with(cfg!(target_os = "linux") && has_nvidia_gpu())
+    }
+
+    fn packages_with(&self, nvidia: bool) -> Packages {
+        let usual = || Packages {
+            requirements: self.requirements.clone(),
+            download_gb: self.download_gb,
+            installed_gb: self.installed_gb,
+            note: self.note.clone(),
+        };
+        self.nvidia.clone().filter(|_| nvidia).unwrap_or_else(usual)
+    }
 }
 
 impl External {
@@ -179,18 +208,18 @@ impl External {
     /// Where its environment is, if it has one.
     pub fn environment(&self) -> Result<Option<Environment>> {
         let Some(install) = &self.declaration.install else { return Ok(None) };
-        Environment::of(self.name(), &self.requirements(install)?).map(Some)
+        Environment::of(self.name(), &self.requirements(&install.packages())?).map(Some)
     }
 
     /// The text of the pinned requirements.
-    pub fn requirements(&self, install: &Install) -> Result<String> {
+    pub fn requirements(&self, packages: &Packages) -> Result<String> {
         match &self.home {
             Home::Folder(folder) => {
-                let path = folder.join(&install.requirements);
+                let path = folder.join(&packages.requirements);
                 std::fs::read_to_string(&path).with_context(|| path.display().to_string())
             }
             Home::Program => {
-                let name = install.requirements.file_name().map(Path::new).unwrap_or(Path::new(""));
+                let name = packages.requirements.file_name().map(Path::new).unwrap_or(Path::new(""));
                 let file = REQUIREMENTS.get_file(name).and_then(|file| file.contents_utf8());
                 file.map(str::to_owned).with_context(|| format!("{} is not built in", name.display()))
             }
@@ -244,7 +273,7 @@ impl External {
 
     fn missing(&self, state: &State) -> Missing {
         let name = self.name();
-        let size = self.declaration.install.as_ref().map_or(0.0, |install| install.installed_gb);
+        let size = self.declaration.install.as_ref().map_or(0.0, |install| install.packages().installed_gb);
         let (reason, command) = match state {
             State::Missing => (format!("{name} is not installed"), format!("evalfw engines install {name}")),
             State::HalfMade => (
@@ -330,8 +359,13 @@ mod tests {
         assert_eq!(all.iter().map(External::name).collect::<Vec<_>>(), ["peft", "mlx-lm", "axolotl"]);
         for engine in &all {
             let install = engine.declaration.install.as_ref().unwrap();
-            assert!(engine.requirements(install).unwrap().contains("--hash=sha256:"), "{}", engine.name());
-            assert!(install.installed_gb > 0.0 && install.download_gb > 0.0);
+            for packages in [false, true].map(|nvidia| install.packages_with(nvidia)) {
+                let text = engine.requirements(&packages).unwrap();
+                assert!(text.contains("--hash=sha256:"), "{}", engine.name());
+                assert!(packages.installed_gb > 0.0 && packages.download_gb > 0.0);
+                let is_cuda = text.contains("\nmlx-cuda");
+                assert_eq!(is_cuda, engine.name() == "mlx-lm" && packages.installed_gb > 1.0);
+            }
         }
         assert!(package_files().iter().any(|(path, _)| path.ends_with("protocol.py")));
     }

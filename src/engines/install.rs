@@ -1,7 +1,7 @@
 //! Makes and removes the environments of Python engines. Nothing is installed into a Python of the user's.
 
 use super::environment::{Environment, Installed, State};
-use super::external::{External, Install};
+use super::external::{External, Install, Packages};
 use crate::{interrupt, record};
 use anyhow::{Context, Result, bail};
 use std::ffi::OsString;
@@ -50,14 +50,15 @@ pub fn install(installer: Installer<'_>) -> Result<(Installed, bool)> {
         return Ok((*installed, false));
     }
     let python = find_python(installer.python.as_deref(), install)?;
-    check_space(parent, install)?;
+    let packages = install.packages();
+    check_space(parent, &packages)?;
     if environment.folder.exists() {
         (installer.progress)("removing what was there");
         std::fs::remove_dir_all(&environment.folder).with_context(place)?;
     }
     let started = Instant::now();
     let requirements = environment.folder.with_extension("requirements.txt");
-    std::fs::write(&requirements, external.requirements(install)?).with_context(place)?;
+    std::fs::write(&requirements, external.requirements(&packages)?).with_context(place)?;
     let tool = Tool::choose();
     let mut steps =
         Steps { log: log_of(&environment)?, log_path: log_path(&environment), progress: installer.progress };
@@ -163,21 +164,21 @@ fn version_of(program: &Path) -> Option<Python> {
 
 /// A disk that fills up half-way helps nobody.
 #[cfg(unix)]
-fn check_space(folder: &Path, install: &Install) -> Result<()> {
+fn check_space(folder: &Path, packages: &Packages) -> Result<()> {
     let Ok(figures) = rustix::fs::statvfs(folder) else { return Ok(()) };
     let free = (figures.f_bavail * figures.f_frsize) as f64 / 1e9;
-    if free < install.installed_gb {
+    if free < packages.installed_gb {
         bail!(
             "{}: {free:.1} GB are free, and {:.1} GB are needed; EVALFW_DATA names another folder",
             folder.display(),
-            install.installed_gb
+            packages.installed_gb
         );
     }
     Ok(())
 }
 
 #[cfg(not(unix))]
-fn check_space(_folder: &Path, _install: &Install) -> Result<()> {
+fn check_space(_folder: &Path, _packages: &Packages) -> Result<()> {
     Ok(())
 }
 

@@ -97,6 +97,9 @@ pub fn evaluation_curve(samples: &Samples) -> impl Iterator<Item = (TimeToTarget
 
 /// The phase in which an engine measures its kernels.
 pub const TUNE_PHASE: &str = "tune";
+pub const LOAD_PHASE: &str = "load";
+/// All training steps, warm-up included.
+pub const TRAIN_PHASE: &str = "train";
 
 /// Largest memory over all phases but that of tuning, which is no part of the job.
 pub fn peak_memory(samples: &Samples) -> Option<u64> {

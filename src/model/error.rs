@@ -29,8 +29,10 @@ pub enum Error {
     Preset { name: String, problem: String },
     #[error("training the tokenizer: {0}")]
     Tokenizer(String),
-    #[error("no cache folder: {0}; set EVALFW_CACHE or HOME")]
-    NoCache(String),
+    #[error("no home folder for the hub's cache ({0}); set HF_HOME")]
+    NoHubCache(String),
+    #[error(transparent)]
+    Folder(#[from] crate::folders::Error),
     #[error("{url}: {problem}; {advice}")]
     Hub { url: String, problem: String, advice: String },
 }

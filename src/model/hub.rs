@@ -50,7 +50,7 @@ impl HubSettings {
         let home = match variable("HF_HOME") {
             Some(home) => PathBuf::from(home),
             None => {
-                let home = etcetera::home_dir().map_err(|e| Error::NoCache(e.to_string()))?;
+                let home = etcetera::home_dir().map_err(|e| Error::NoHubCache(e.to_string()))?;
                 home.join(".cache/huggingface")
             }
         };

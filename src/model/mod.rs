@@ -10,4 +10,4 @@ pub mod synth;
 pub use error::{Error, Result};
 pub use hub::HubSettings;
 pub use presets::Preset;
-pub use source::{Context, ModelSource, Origin, ResolvedModel, cache_dir};
+pub use source::{Context, ModelSource, Origin, ResolvedModel};

@@ -4,12 +4,9 @@ use super::hub::{self, HubSettings};
 use super::presets::Preset;
 use super::synth::{self, Marker, Outcome, SynthOptions};
 use super::{Error, Result, bars};
-use etcetera::BaseStrategy;
+use crate::folders::cache_dir;
 use std::fs;
 use std::path::{Path, PathBuf};
-
-/// Names the folder of evalfw's own cache.
-const CACHE_VARIABLE: &str = "EVALFW_CACHE";
 
 /// What a `--model` argument means.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,15 +36,6 @@ impl<'a> Context<'a> {
         let seed = SynthOptions::default().seed;
         Ok(Self { cache: cache_dir()?, seed, hub: HubSettings::from_env()?, notify })
     }
-}
-
-/// Where evalfw keeps what it can make again: `$EVALFW_CACHE`, or `evalfw` in the user's cache folder.
-pub fn cache_dir() -> Result<PathBuf> {
-    if let Some(dir) = std::env::var_os(CACHE_VARIABLE).filter(|dir| !dir.is_empty()) {
-        return std::path::absolute(&dir).map_err(Error::io(dir.as_ref()));
-    }
-    let strategy = etcetera::choose_base_strategy().map_err(|e| Error::NoCache(e.to_string()))?;
-    Ok(strategy.cache_dir().join("evalfw"))
 }
 
 /// A model that is on this disk.

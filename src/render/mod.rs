@@ -21,3 +21,4 @@ pub mod terminal;
 mod trace;
 mod troubles;
 mod tuning;
+mod unsettled;

@@ -1,11 +1,16 @@
 //! The sentences of the decision. Each is built from the record; names are made safe for Markdown here.
 
-use super::facts::Facts;
-use super::format::{gb, list, markdown, parameters, percent, plain, points, significant};
+use super::format::{gb, list, markdown, percent, plain, points, significant};
 use crate::decide::Decision;
 use crate::decide::criteria::Rule;
 use crate::decide::metric::Metric;
-use crate::decide::ranking::{Dominated, Excluded, Lead, Missing, Ranking, Verdict, Winner};
+use crate::decide::ranking::{
+    BreakEvens, Candidate, Dominated, EngineSpeed, Excluded, Lead, Missing, Ranking, Verdict, Winner,
+};
+use crate::measure::metrics::LOAD_PHASE;
+
+/// A lead of fewer points of 10 is called small: a change of taste in one criterion is worth as much.
+const SMALL_LEAD: f64 = 0.5;
 
 /// With fewer timed training steps of any engine the report gives no advice beyond the verdict.
 const STEPS_FOR_ADVICE: usize = 6;
@@ -54,18 +59,36 @@ fn verdict(ranking: &Ranking) -> String {
                 markdown(engine)
             )
         }
-        Verdict::Winner { engine, runner_up, acceptability, ahead } => format!(
-            "**Choose {}** (on {model}). It is first in {} of the draws of weights and measurements, and in the middle \
-             draw {} points of 10 ahead of {}.",
-            with_framework(ranking, engine),
-            percent(*acceptability),
-            points(*ahead),
-            with_framework(ranking, runner_up)
-        ),
+        Verdict::Winner { engine, runner_up, acceptability, ahead } => {
+            let call = format!(
+                "**Choose {}** (on {model}). It is first in {} of the draws of weights and measurements, and in the middle \
+                 draw {} points of 10 ahead of {}.",
+                with_framework(ranking, engine),
+                percent(*acceptability),
+                points(*ahead),
+                with_framework(ranking, runner_up)
+            );
+            match is_small(*ahead) {
+                true => format!("{call} {}", small_lead(ranking, runner_up)),
+                false => call,
+            }
+        }
         Verdict::NoClearWinner { obstacle, lead, missing } => {
             no_clear_winner(ranking, obstacle, lead, missing)
         }
     }
+}
+
+fn is_small(lead: f64) -> bool {
+    lead < SMALL_LEAD
+}
+
+fn small_lead(ranking: &Ranking, runner_up: &str) -> String {
+    format!(
+        "That is little: between these two, what you lose with the first (see *What is gained and lost*) may count \
+         for more, and {} is no mistake.",
+        with_framework(ranking, runner_up)
+    )
 }
 
 fn no_clear_winner(
@@ -74,15 +97,19 @@ fn no_clear_winner(
     lead: &Option<Lead>,
     missing: &[Missing],
 ) -> String {
-    let engines: Vec<String> = ranking.finalists.iter().map(|e| with_framework(ranking, e)).collect();
-    let mut text = format!("**No clear winner** between {} on {}.", list(&engines), markdown(&ranking.model));
+    let shares = ranking.by_acceptability();
+    // One that is never first is out of the question, though nobody has won.
+    let is_in_question = |e: &&String| shares.iter().all(|(engine, share)| engine != e || *share > 0.0);
+    let in_question: Vec<String> =
+        ranking.finalists.iter().filter(is_in_question).map(|e| with_framework(ranking, e)).collect();
+    let mut text =
+        format!("**No clear winner** between {} on {}.", list(&in_question), markdown(&ranking.model));
     match (obstacle, lead) {
         (Some(obstacle), _) => text += &format!(" They cannot be compared: {}.", markdown(obstacle)),
         (None, Some(lead)) => text += &format!(" {}", lead_sentence(lead)),
         (None, None) if is_tie(ranking) => text += " In every criterion that was measured they tie.",
         (None, None) => text += " In what was measured, none is ahead of all others on equal evidence.",
     }
-    let shares = ranking.by_acceptability();
     if !shares.is_empty() {
         let share = |(engine, share): &(&str, f64)| format!("{} in {}", markdown(engine), percent(*share));
         let shares: Vec<String> = shares.iter().map(share).collect();
@@ -155,35 +182,58 @@ fn is_tie(ranking: &Ranking) -> bool {
 /// Speed and memory of the candidates, and who is dominated.
 fn beside(ranking: &Ranking, decision: &Decision) -> String {
     let mut sentences = Vec::new();
-    if let Some(speed) = ranking.speed.as_ref().filter(|s| s.engines.len() > 1) {
-        let (fastest, slowest) = (&speed.engines[0], &speed.engines[speed.engines.len() - 1]);
-        sentences.push(format!(
-            "{} trains {} times as fast as {} ({} against {} tokens/s in {}).",
-            markdown(&fastest.engine),
-            significant(fastest.times_the_slowest),
-            markdown(&slowest.engine),
-            significant(fastest.real_tokens.median),
-            significant(slowest.real_tokens.median),
-            markdown(&speed.scenario)
-        ));
-    }
-    let peaks: Vec<String> = ranking
-        .candidates
-        .iter()
-        .filter_map(|c| {
-            let peak = c.scores.iter().find_map(|s| s.metric(Metric::PeakTrainingMemoryGb))?;
-            Some(format!("{} {} GB", markdown(&c.engine), gb(peak.value * 1e9)))
-        })
-        .collect();
-    if !peaks.is_empty() {
-        let target = plain(decision.memory_target_bytes as f64 / 1e9);
-        sentences.push(format!("Peak memory in training, of {target} GB: {}.", list(&peaks)));
-    }
-    sentences.extend(ranking.dominated.iter().map(dominated));
+    sentences.extend(speed(ranking));
+    sentences.extend(peaks(ranking, decision));
+    sentences.extend(dominated_by_whom(ranking));
     if !ranking.candidates.is_empty() && !ranking.knocked_out.is_empty() {
         sentences.push(format!("Knocked out: {}.", knocked_out(ranking)));
     }
     sentences.join(" ")
+}
+
+/// The fastest against the fastest of another framework, and against the slowest.
+fn speed(ranking: &Ranking) -> Option<String> {
+    let speed = ranking.speed.as_ref()?;
+    let [fastest, others @ ..] = speed.engines.as_slice() else { return None };
+    let framework = |engine: &str| ranking.candidate(engine).map(|c| c.framework.as_str());
+    let next = others.iter().find(|e| framework(&e.engine) != framework(&fastest.engine));
+    let slowest = others.last()?;
+    let against = |other: &EngineSpeed| {
+        format!(
+            "{} times as fast as {} ({} against {} tokens/s)",
+            significant(fastest.real_tokens.median / other.real_tokens.median),
+            markdown(&other.engine),
+            significant(fastest.real_tokens.median),
+            significant(other.real_tokens.median)
+        )
+    };
+    let mut all: Vec<String> =
+        next.filter(|next| next.engine != slowest.engine).map(against).into_iter().collect();
+    let handicap =
+        if slowest.has_caveats { ", which has handicaps on this machine (see its section)" } else { "" };
+    all.push(format!("{}{handicap}", against(slowest)));
+    Some(format!("In {}, {} trains {}.", markdown(&speed.scenario), markdown(&fastest.engine), list(&all)))
+}
+
+fn peaks(ranking: &Ranking, decision: &Decision) -> Option<String> {
+    let peak = |c: &Candidate| {
+        let peak = c.scores.iter().find_map(|s| s.metric(Metric::PeakTrainingMemoryGb))?;
+        let when = if c.training_peak_in.as_deref() == Some(LOAD_PHASE) { " (while loading)" } else { "" };
+        Some(format!("{} {} GB{when}", markdown(&c.engine), gb(peak.value * 1e9)))
+    };
+    let peaks: Vec<String> = ranking.candidates.iter().filter_map(peak).collect();
+    let target = plain(decision.memory_target_bytes as f64 / 1e9);
+    (!peaks.is_empty()).then(|| {
+        format!("Peak memory of a training run from loading to saving, of {target} GB: {}.", list(&peaks))
+    })
+}
+
+/// In short; the matrix tells in what.
+fn dominated_by_whom(ranking: &Ranking) -> Option<String> {
+    let one = |d: &Dominated| format!("{} (by {})", markdown(&d.engine), markdown(&d.by));
+    let all: Vec<String> = ranking.dominated.iter().map(one).collect();
+    (!all.is_empty())
+        .then(|| format!("Dominated, which is better in no criterion and worse in some: {}.", list(&all)))
 }
 
 pub fn dominated(d: &Dominated) -> String {
@@ -193,12 +243,17 @@ pub fn dominated(d: &Dominated) -> String {
         [] => String::new(),
         speeds => format!(" and in {} speed", list(speeds)),
     };
-    format!(
+    let mut text = format!(
         "{} is dominated by {}: it is nowhere better in the measured criteria{and_speeds}, and worse in {}.",
         markdown(&d.engine),
         markdown(&d.by),
         list(&worse)
-    )
+    );
+    if !d.better_parts.is_empty() {
+        let parts: Vec<String> = d.better_parts.iter().map(|title| markdown(title)).collect();
+        text += &format!(" Of single quantities it is better in {}.", list(&parts));
+    }
+    text
 }
 
 /// What follows, and what would change it.
@@ -206,6 +261,12 @@ pub fn conclusion(decision: &Decision) -> Vec<String> {
     let Some(ranking) = decision.headline() else { return Vec::new() };
     let mut sentences = Vec::new();
     sentences.push(match (&ranking.verdict, ranking.first()) {
+        (Verdict::Winner { engine, runner_up, ahead, .. }, _) if is_small(*ahead) => format!(
+            "Take {}, or {} where that suits you better: {} points of 10 are between them.",
+            with_framework(ranking, engine),
+            with_framework(ranking, runner_up),
+            points(*ahead)
+        ),
         (Verdict::Winner { engine, .. }, _) => {
             format!("Take {}. The evidence of this run is enough to say so.", with_framework(ranking, engine))
         }
@@ -220,22 +281,7 @@ pub fn conclusion(decision: &Decision) -> Vec<String> {
         ),
         _ => "Nothing can be recommended from this run.".to_owned(),
     });
-    if let Some(found) = &ranking.break_even {
-        let levels = found.criteria.iter().flat_map(|(title, found)| {
-            [&found.below, &found.above].into_iter().flatten().map(move |level| (title, found.weight, level))
-        });
-        let nearest = levels.min_by(|a, b| (a.1 - a.2.weight).abs().total_cmp(&(b.1 - b.2.weight).abs()));
-        sentences.push(match nearest {
-            Some((title, stated, level)) => format!(
-                "It would change if {} counted {} % instead of {} % of what was measured: then {} draws level.",
-                lower(title),
-                points(level.weight),
-                points(stated),
-                with_framework(ranking, &level.engine)
-            ),
-            None => "No weight of a single criterion changes who is first by what was measured.".to_owned(),
-        });
-    }
+    sentences.extend(ranking.break_even.as_ref().map(|found| nearest_change(ranking, found)));
     let elsewhere: Vec<String> =
         decision.targets.iter().filter(|t| !t.is_measured).map(|t| markdown(&t.title)).collect();
     if !elsewhere.is_empty() {
@@ -244,51 +290,41 @@ pub fn conclusion(decision: &Decision) -> Vec<String> {
     sentences
 }
 
-/// What the decision does not cover, one sentence each.
-pub fn limits(decision: &Decision, facts: &Facts) -> Vec<String> {
-    let ranking = decision.headline();
-    let mut limits = Vec::new();
-    if facts.models.iter().all(|m| m.synthetic) {
-        limits.push("The weights are random: speed and memory hold, text quality was not judged.".to_owned());
-    }
-    if facts.ok_cells > 0 && facts.all_on_cpu() {
-        limits.push(
-            "Everything ran on the CPU. Nothing here says how the engines compare on a GPU.".to_owned(),
+/// What weight of one criterion changes who is first.
+fn nearest_change(ranking: &Ranking, found: &BreakEvens) -> String {
+    let levels = || {
+        found.criteria.iter().flat_map(|(title, found)| {
+            [&found.below, &found.above].into_iter().flatten().map(move |level| (title, found.weight, level))
+        })
+    };
+    let nearest = levels().min_by(|a, b| (a.1 - a.2.weight).abs().total_cmp(&(b.1 - b.2.weight).abs()));
+    let first = with_framework(ranking, &found.first);
+    let Some((title, stated, level)) = nearest else {
+        return format!(
+            "By what was measured and the stated weights {first} is first, and no weight of a single criterion \
+             changes that."
+        );
+    };
+    let mut text = format!(
+        "By what was measured and the stated weights {first} is first; it would not be if {} counted {} % instead of \
+         {} %: then {} draws level.",
+        lower(title),
+        points(level.weight),
+        points(stated),
+        with_framework(ranking, &level.engine)
+    );
+    let rival = ranking.by_acceptability().into_iter().map(|(engine, _)| engine).find(|e| *e != found.first);
+    if let Some(rival) = rival.filter(|rival| levels().all(|(_, _, level)| level.engine != *rival)) {
+        text += &format!(
+            " {}, which comes second, is brought level by no weight of a single criterion.",
+            with_framework(ranking, rival)
         );
     }
-    if let Some(ranking) = ranking.filter(|r| r.parameters > 0 && decision.rankings.len() == 1) {
-        limits.push(format!(
-            "One model size was compared ({} parameters). Whether a larger one fits is open.",
-            parameters(ranking.parameters)
-        ));
-    }
-    if let Some(steps) = ranking.filter(|r| r.speed.is_some()).map(fewest_steps) {
-        limits.push(format!("The training speed of each engine is a median over at least {steps} steps."));
-    }
-    if !decision.software_adapters.is_empty() && ranking.is_some() {
-        let names: Vec<String> = decision.software_adapters.iter().map(|e| markdown(e)).collect();
-        limits.push(format!("Not compared, because it ran on a software adapter: {}.", list(&names)));
-    }
-    if !decision.stock_forms.is_empty() {
-        let names: Vec<String> = decision.stock_forms.iter().map(|e| markdown(e)).collect();
-        limits.push(format!("Not ranked beside its tuned form: {}.", list(&names)));
-    }
-    if facts.builds.len() > 1 {
-        limits.push("The cells come from different builds of evalfw.".to_owned());
-    }
-    if facts.builds.iter().any(|b| b.commit.as_ref().is_some_and(|c| c.ends_with("-dirty"))) {
-        limits.push("The build had changes that are in no commit.".to_owned());
-    }
-    match facts.cells - facts.ok_cells - facts.unavailable_cells {
-        0 => {}
-        1 => limits.push(format!("1 of {} cells ran and did not end ok.", facts.cells)),
-        n => limits.push(format!("{n} of {} cells ran and did not end ok.", facts.cells)),
-    }
-    limits
+    text
 }
 
 /// Timed training steps of the candidate with the fewest.
-fn fewest_steps(ranking: &Ranking) -> usize {
+pub fn fewest_steps(ranking: &Ranking) -> usize {
     let of_engine = |engine: &str| {
         let speeds = ranking.speed.iter().flat_map(|s| &s.engines);
         speeds.filter(|e| e.engine == engine).map(|e| e.real_tokens.n).sum::<usize>()
@@ -297,7 +333,7 @@ fn fewest_steps(ranking: &Ranking) -> usize {
 }
 
 /// A title in the middle of a sentence; `QLoRA` stays as it is.
-fn lower(title: &str) -> String {
+pub fn lower(title: &str) -> String {
     let mut characters = title.chars();
     match (characters.next(), characters.clone().next()) {
         (Some(first), Some(second)) if !second.is_uppercase() => {

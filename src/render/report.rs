@@ -20,6 +20,7 @@ use super::tables::{LossAgreement, ModelTables};
 use super::trace::{Lines, TraceRow, rows};
 use super::troubles::{Trouble, troubles};
 use super::tuning::{TuningRow, tuning_rows};
+use super::unsettled::unsettled;
 use crate::decide::criteria::Criteria;
 use crate::decide::jobs::{Job, arrange, compared, models};
 use crate::decide::{Decision, decide};
@@ -65,6 +66,8 @@ pub struct Findings {
     /// How memory was measured, by the record's own word.
     pub memory_measures: Vec<String>,
     pub trace: Vec<TraceRow>,
+    /// Lines of the record whose cell was measured again.
+    pub repeated_attempts: usize,
 }
 
 /// The two that are first most often, and what the one has of the other.
@@ -192,6 +195,7 @@ impl Findings {
             limits: limit_rows(cells, lines),
             memory_measures: memory_measures(cells),
             trace: rows(cells, lines),
+            repeated_attempts: lines.superseded,
             decision,
             criteria,
         }
@@ -270,7 +274,7 @@ fn markdown(
         f => Serde(findings),
         summary => prose::summary(&findings.decision),
         conclusion => prose::conclusion(&findings.decision),
-        limits => prose::limits(&findings.decision, &findings.facts),
+        limits => unsettled(&findings.decision, &findings.facts, &findings.criteria),
         rule => prose::rule(&findings.criteria.decision),
         dominated,
         record => link(&format!("{link_prefix}{record_name}")),

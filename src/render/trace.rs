@@ -15,7 +15,11 @@ pub struct CellRef {
 
 /// The lines of all cells.
 #[derive(Debug, Clone, Default)]
-pub struct Lines(BTreeMap<String, usize>);
+pub struct Lines {
+    by_cell: BTreeMap<String, usize>,
+    /// Lines of attempts that were made again.
+    pub superseded: usize,
+}
 
 #[derive(Deserialize)]
 struct CellOnly {
@@ -27,14 +31,15 @@ impl Lines {
     /// [`crate::record::read`].
     pub fn read(record: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(record).with_context(|| record.display().to_string())?;
-        let mut lines = BTreeMap::new();
+        let mut lines = Self::default();
         for (index, line) in text.lines().enumerate() {
             // A last line that was cut short is no cell.
             if let Ok(row) = serde_json::from_str::<CellOnly>(line) {
-                lines.insert(row.cell, index + 1);
+                let before = lines.by_cell.insert(row.cell, index + 1);
+                lines.superseded += usize::from(before.is_some());
             }
         }
-        Ok(Self(lines))
+        Ok(lines)
     }
 
     pub fn refer(&self, cell: &CellRecord) -> CellRef {
@@ -43,7 +48,7 @@ impl Lines {
 
     /// The line of a cell by its name; 0 if it is in no line.
     pub fn line(&self, cell: &str) -> usize {
-        self.0.get(cell).copied().unwrap_or(0)
+        self.by_cell.get(cell).copied().unwrap_or(0)
     }
 }
 

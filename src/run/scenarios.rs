@@ -2,7 +2,7 @@
 
 use super::cell::Session;
 use super::inputs::{ModelInputs, TrainInputs};
-use crate::measure::metrics::{TUNE_PHASE, plateau};
+use crate::measure::metrics::{LOAD_PHASE, TRAIN_PHASE, TUNE_PHASE, plateau};
 use crate::plan::Cell;
 use crate::record::{DecodeSample, EvaluationSample, LoadSample, PrefillSample, Probe, Samples, TrainSample};
 use crate::scenario::{InferScenario, QualityScenario, Scenario, TrainScenario};
@@ -31,7 +31,7 @@ pub fn run(session: &mut Session<'_>, cell: &Cell, inputs: &ModelInputs) -> Resu
 }
 
 fn load(session: &mut Session<'_>, inputs: &ModelInputs, quantization: Quantization) -> Result<(), Failure> {
-    session.phase("load");
+    session.phase(LOAD_PHASE);
     let loaded = session.call("load", Load { model: inputs.dir.clone(), quantization })?;
     session.samples.load =
         Some(LoadSample { times: loaded.times, page_cache: inputs.page_cache.as_str().to_owned() });
@@ -162,7 +162,7 @@ fn train_steps(
     seed: u64,
     steps: Range<usize>,
 ) -> Result<(), Failure> {
-    session.phase("train");
+    session.phase(TRAIN_PHASE);
     let rows = scenario.gradient_accumulation_steps;
     for step in steps {
         let lines: Vec<usize> = (step * rows..(step + 1) * rows).collect();

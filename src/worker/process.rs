@@ -11,11 +11,15 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// Lines of standard error that go into the record.
 const STDERR_TAIL: usize = 20;
 /// A reply is one line; a longer one is garbage. The largest real reply is a few hundred kB of timings.
 const MAX_LINE: u64 = 64 << 20;
+
+/// What names the folder for temporary files, by system.
+const TEMPORARY: &[&str] = if cfg!(windows) { &["TMP", "TEMP"] } else { &["TMPDIR"] };
 
 /// How long the reader of standard error may take to come to the end.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -67,6 +71,8 @@ pub struct Process {
     ended: Option<ExitStatus>,
     /// What its children are known by.
     mark: String,
+    /// Its folder for temporary files, removed with it, however it ends. An agent's worker has one on its machine.
+    _scratch: Option<TempDir>,
 }
 
 /// What the reader of standard output saw.
@@ -82,11 +88,16 @@ impl Process {
             Stderr::PassedOn => None,
         };
         let mark = leftovers::mark();
+        let scratch = match command.agent {
+            false => Some(tempfile::Builder::new().prefix("evalfw-worker-").tempdir()?),
+            true => None,
+        };
         let mut spawn = Command::new(&command.program);
         spawn
             .args(&command.arguments)
             .envs(command.environment.iter().map(|(k, v)| (k, v)))
             .env(leftovers::VARIABLE, &mark)
+            .envs(scratch.iter().flat_map(|folder| TEMPORARY.iter().map(|variable| (*variable, folder.path()))))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(match stderr {
@@ -117,6 +128,7 @@ impl Process {
             stderr_reader,
             ended: None,
             mark,
+            _scratch: scratch,
         })
     }
 

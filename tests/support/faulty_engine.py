@@ -6,12 +6,14 @@ the fault is due.
     never     does not answer the second training step
     order     answers a training step with the id of another call
     version   speaks another version of the protocol
-    leak=FILE starts a process that leaves its group, writes its number to FILE, and dies in the second training step
+    leak=FILE starts a process that leaves its group, makes a temporary folder, writes the number of the one and the path of
+              the other to FILE, and dies in the second training step
 """
 
 import json
 import subprocess
 import sys
+import tempfile
 import time
 
 fault, _, file = sys.argv[1].partition("=")
@@ -23,7 +25,7 @@ for line in sys.stdin:
     if method == "load" and fault == "leak":
         stray = subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
         with open(file, "w") as out:
-            out.write(str(stray.pid))
+            out.write(f"{stray.pid}\n{tempfile.mkdtemp()}")
     if steps == 2 and fault in ("die", "leak"):
         engine.kill()
         sys.exit("the framework fell over")

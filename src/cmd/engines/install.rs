@@ -90,13 +90,15 @@ pub fn install(args: &InstallArgs) -> Result<ExitCode> {
 
 /// Said before it begins, for some are large.
 fn announce(external: &External) {
-    let Some(install) = &external.declaration.install else { return };
-    let more = install.note.as_ref().map_or_else(String::new, |note| format!(". {note}"));
+    let Some(packages) = external.declaration.install.as_ref().map(|install| install.packages()) else {
+        return;
+    };
+    let more = packages.note.as_ref().map_or_else(String::new, |note| format!(". {note}"));
     note(&format!(
         "{}: about {:.1} GB to download, {:.1} GB on the disk{more}",
         external.name(),
-        install.download_gb,
-        install.installed_gb
+        packages.download_gb,
+        packages.installed_gb
     ));
 }
 

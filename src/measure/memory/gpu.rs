@@ -14,6 +14,10 @@ pub fn nvml() -> Option<&'static Nvml> {
     NVML.get_or_init(|| Nvml::init().ok()).as_ref()
 }
 
+pub fn has_nvidia_gpu() -> bool {
+    nvml().and_then(|nvml| nvml.device_count().ok()).is_some_and(|count| count > 0)
+}
+
 pub struct Watcher {
     nvml: &'static Nvml,
     gpus: Vec<Option<GpuMemory>>,

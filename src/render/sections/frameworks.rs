@@ -8,6 +8,7 @@ use crate::decide::figures::{Footprint, InferFigures, LoadFigures, Spread, Train
 use crate::decide::jobs::{Job, reference_scenario};
 use crate::decide::ranking::Ranking;
 use crate::decide::score::{Basis, Score};
+use crate::measure::metrics::TRAIN_PHASE;
 use crate::record::{CellRecord, LoadSample, Outcome};
 use crate::render::format::{list, markdown, plain};
 use crate::scenario::{Scenario, TrainScenario};
@@ -38,6 +39,8 @@ pub struct EngineFigures {
     pub device: String,
     pub peak_training_bytes: Option<u64>,
     pub peak_is_bound: bool,
+    /// Of the same process in its training steps, where loading and saving took no part.
+    pub peak_of_steps_bytes: Option<u64>,
     pub training: Option<Spread>,
     pub prompt: Option<Spread>,
     pub generating: Option<Spread>,
@@ -199,6 +202,7 @@ fn figures(engine: &str, jobs: &[Job], model: &str) -> Option<EngineFigures> {
         engine: engine.to_owned(),
         device: device.name.clone(),
         peak_training_bytes: footprint.and_then(|(footprint, _)| footprint.bytes()),
+        peak_of_steps_bytes: footprint.and_then(|(_, cell)| peak_of_steps(cell)),
         peak_is_bound: matches!(footprint, Some((Footprint::AtLeast { .. }, _))),
         training: train.and_then(TrainFigures::of).map(|figures| figures.real_tokens),
         prompt: inference.and_then(|figures| figures.prefill),
@@ -206,6 +210,12 @@ fn figures(engine: &str, jobs: &[Job], model: &str) -> Option<EngineFigures> {
         load_seconds: LoadFigures::of(&loads).map(|figures| figures.total),
         cells: shown.collect(),
     })
+}
+
+/// `None` where the memory that counts is a GPU's: it is not known by phase.
+fn peak_of_steps(cell: &CellRecord) -> Option<u64> {
+    let steps = || cell.samples.phases.iter().find(|phase| phase.name == TRAIN_PHASE);
+    (!Footprint::is_of_device(cell)).then(steps).flatten().map(|phase| phase.peak_bytes)
 }
 
 /// Of the training job that engines are compared on, as this framework ran it.

@@ -17,6 +17,8 @@ const LENGTHS: [u64; 3] = [512, 2048, 4096];
 pub struct Predictions {
     /// Cells with both figures.
     pub checked: Vec<Checked>,
+    /// Of the largest model among the checked cells.
+    pub checked_parameters: Option<u64>,
     /// The largest error of the checked cells, as a share.
     pub worst: Option<f64>,
     pub lengths: [u64; 3],
@@ -41,6 +43,8 @@ pub struct LargeRow {
 pub fn predictions(cells: &[CellRecord], jobs: &[Job], criteria: &Criteria) -> Option<Predictions> {
     let checked: Vec<Checked> = check(cells).into_iter().filter(|c| c.error.is_some()).collect();
     let worst = checked.iter().filter_map(|c| c.error).map(f64::abs).reduce(f64::max);
+    let is_checked = |cell: &&CellRecord| checked.iter().any(|c| c.cell == cell.cell);
+    let checked_parameters = cells.iter().filter(is_checked).map(|cell| cell.model.parameters).max();
     let preset = Preset::parse(LARGE_MODEL).ok()?;
     let training = training(jobs)?;
     let mut engines: Vec<&str> = cells.iter().map(|cell| cell.engine.as_str()).collect();
@@ -64,7 +68,14 @@ pub fn predictions(cells: &[CellRecord], jobs: &[Job], criteria: &Criteria) -> O
     let large: Vec<LargeRow> = engines.into_iter().filter_map(row).collect();
     let large_parameters = preset.config.parameters();
     let is_empty = checked.is_empty() && large.is_empty();
-    (!is_empty).then_some(Predictions { checked, worst, lengths: LENGTHS, large, large_parameters })
+    (!is_empty).then_some(Predictions {
+        checked,
+        checked_parameters,
+        worst,
+        lengths: LENGTHS,
+        large,
+        large_parameters,
+    })
 }
 
 /// As the run trained, but of any length.

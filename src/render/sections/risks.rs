@@ -51,11 +51,16 @@ pub fn risks(
 fn other_choice(ranking: &Ranking, engine: &str) -> Option<Risk> {
     let drawn = ranking.acceptability.as_ref()?;
     let own = drawn.engines.iter().find(|e| e.engine == engine)?;
+    let beaten = ((1.0 - own.ranks[0]) * drawn.draws as f64).round() as usize;
     Some(Risk {
         risk: "another framework would have been the better choice".to_owned(),
-        probability: percent(1.0 - own.ranks[0]),
-        evidence: format!("it is not first in so many of {} draws of weights and measurements", drawn.draws),
-        remedy: "measure what is missing; agree on the weights".to_owned(),
+        probability: format!("{}, as far as the draws reach", share_or_bound(beaten, drawn.draws)),
+        evidence: format!(
+            "it is not first in {beaten} of {} draws, which vary the weights and what the processes of this run \
+             measured; another day, another machine and what has no criterion are in none",
+            drawn.draws
+        ),
+        remedy: "measure what is missing, and on the machine that it is for; agree on the weights".to_owned(),
         cells: Vec::new(),
     })
 }
@@ -166,7 +171,11 @@ fn weights(own: &[&CellRecord]) -> Option<Risk> {
 /// A share; of none at all the bound below which it lies with 95 %: the rule of three (Hanley and Lippman-Hand 1983).
 fn share_or_bound(count: usize, of: usize) -> String {
     match count {
-        0 => format!("below {} (none of {of})", percent((3.0 / of as f64).min(1.0))),
+        0 => {
+            let bound = (3.0 / of as f64).min(1.0);
+            let bound = if bound < 0.01 { format!("{} %", plain(bound * 100.0)) } else { percent(bound) };
+            format!("none of {of}: with 95 % confidence below {bound} (3/n)")
+        }
         _ => percent(count as f64 / of as f64),
     }
 }
