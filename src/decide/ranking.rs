@@ -102,6 +102,8 @@ pub struct EngineSpeed {
     pub real_tokens: Spread,
     /// Median over the slowest engine's.
     pub times_the_slowest: f64,
+    /// That the samples come from.
+    pub processes: usize,
     /// Whether its cells name a handicap on this machine.
     pub has_caveats: bool,
 }
@@ -321,6 +323,7 @@ fn speed_ratios(jobs: &[Job], model: &ModelRecord, candidates: &[Candidate]) -> 
         engine: job.engine.to_owned(),
         real_tokens,
         times_the_slowest: real_tokens.median / slowest,
+        processes: job.ok().count(),
         has_caveats: job.ok().any(|cell| !cell.caveats.is_empty()),
     };
     Some(SpeedRatios { scenario: scenario.to_owned(), engines: speeds.into_iter().map(engine).collect() })

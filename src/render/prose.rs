@@ -230,10 +230,10 @@ fn peaks(ranking: &Ranking, decision: &Decision) -> Option<String> {
 
 /// In short; the matrix tells in what.
 fn dominated_by_whom(ranking: &Ranking) -> Option<String> {
-    let one = |d: &Dominated| format!("{} (by {})", markdown(&d.engine), markdown(&d.by));
+    let one = |d: &Dominated| format!("{} by {}", markdown(&d.engine), markdown(&d.by));
     let all: Vec<String> = ranking.dominated.iter().map(one).collect();
     (!all.is_empty())
-        .then(|| format!("Dominated, which is better in no criterion and worse in some: {}.", list(&all)))
+        .then(|| format!("Dominated (in no criterion better, and worse in some): {}.", list(&all)))
 }
 
 pub fn dominated(d: &Dominated) -> String {

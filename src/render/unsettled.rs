@@ -5,7 +5,6 @@ use super::format::{list, markdown, parameters, plain};
 use super::prose::{fewest_steps, lower};
 use crate::decide::Decision;
 use crate::decide::criteria::Criteria;
-use crate::decide::metric::Metric;
 use crate::decide::ranking::{Candidate, Ranking};
 use crate::engines::{is_stock_form_of, stock_form};
 use std::cmp::Ordering;
@@ -29,7 +28,8 @@ pub fn unsettled(decision: &Decision, facts: &Facts, criteria: &Criteria) -> Vec
         ));
     }
     if let Some(steps) = ranking.filter(|r| r.speed.is_some()).map(fewest_steps) {
-        let processes = ranking.map_or(0, fewest_processes);
+        let speeds = ranking.iter().flat_map(|r| &r.speed).flat_map(|s| &s.engines);
+        let processes = speeds.map(|e| e.processes).min().unwrap_or(0);
         limits.push(format!(
             "The training speed of each engine is a median over at least {steps} steps in {processes} {}: the draws \
              vary it as far as those did.",
@@ -60,14 +60,6 @@ pub fn unsettled(decision: &Decision, facts: &Facts, criteria: &Criteria) -> Vec
     limits
 }
 
-/// Of the candidate with the fewest.
-fn fewest_processes(ranking: &Ranking) -> usize {
-    let training = |c: &Candidate| {
-        c.scores.iter().find_map(|s| s.metric(Metric::TrainingSharePercent)).map_or(0, |m| m.processes.len())
-    };
-    ranking.candidates.iter().map(training).min().unwrap_or(0)
-}
-
 /// The criteria in which all finalists score alike.
 fn without_difference(ranking: &Ranking, criteria: &Criteria) -> Option<String> {
     let finalists: Vec<&Candidate> =
@@ -83,7 +75,7 @@ fn without_difference(ranking: &Ranking, criteria: &Criteria) -> Option<String> 
         alike.iter().map(|index| markdown(&lower(&criteria.criteria[*index].title))).collect();
     (!titles.is_empty()).then(|| {
         format!(
-            "All score alike in {}: {} % of the weight tell the frameworks not apart.",
+            "All score alike in {}: {} % of the weight does not tell the frameworks apart.",
             list(&titles),
             plain(weight)
         )
@@ -101,8 +93,8 @@ fn kernels(ranking: &Ranking, decision: &Decision) -> Option<String> {
     let mut text = match tuned.is_empty() {
         true => return None,
         false => format!(
-            "{} run kernels of this project beside those that their frameworks ship: this is what the frameworks can \
-             be made to do.",
+            "{} run kernels of this project beside those that their frameworks ship: their figures tell what the \
+             frameworks can be made to do.",
             names(&tuned)
         ),
     };

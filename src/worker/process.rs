@@ -1,7 +1,7 @@
 //! A child process in a process group of its own, with its pipes.
 
 use super::leftovers;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -97,7 +97,9 @@ impl Process {
             .args(&command.arguments)
             .envs(command.environment.iter().map(|(k, v)| (k, v)))
             .env(leftovers::VARIABLE, &mark)
-            .envs(scratch.iter().flat_map(|folder| TEMPORARY.iter().map(|variable| (*variable, folder.path()))))
+            .envs(
+                scratch.iter().flat_map(|folder| TEMPORARY.iter().map(|variable| (*variable, folder.path()))),
+            )
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(match stderr {
@@ -107,7 +109,7 @@ impl Process {
         #[cfg(unix)]
         std::os::unix::process::CommandExt::process_group(&mut spawn, 0);
         let mut child = spawn.spawn()?;
-        live().insert(child.id());
+        live().insert(child.id(), scratch.as_ref().map(|folder| folder.path().to_owned()));
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
             unreachable!("both pipes were asked for")
         };
@@ -242,25 +244,29 @@ fn copy_stderr(stderr: impl Read, mut log: Option<File>, tail: &Mutex<VecDeque<S
     }
 }
 
-/// Process groups that are running now, for a second Ctrl-C.
-static LIVE: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+/// Process groups that are running now with their folders for temporary files, for a second Ctrl-C.
+static LIVE: Mutex<BTreeMap<u32, Option<PathBuf>>> = Mutex::new(BTreeMap::new());
 
 /// How long a launcher may take to pass on that it shall end.
 const FAR_END_GRACE: Duration = Duration::from_secs(10);
 /// The same at a second Ctrl-C, which is meant to end everything at once.
 const SHORT_GRACE: Duration = Duration::from_millis(300);
 
-fn live() -> MutexGuard<'static, BTreeSet<u32>> {
+fn live() -> MutexGuard<'static, BTreeMap<u32, Option<PathBuf>>> {
     lock(&LIVE)
 }
 
 /// Ends every worker at once.
 pub fn kill_all() {
-    let pids: Vec<u32> = live().iter().copied().collect();
+    let workers = live().clone();
     // A launcher passes the first on to the worker's side, and dies of the second.
-    pids.iter().for_each(|&pid| terminate_group(pid));
+    workers.keys().for_each(|&pid| terminate_group(pid));
     std::thread::sleep(SHORT_GRACE);
-    pids.iter().for_each(|&pid| kill_group(pid));
+    workers.keys().for_each(|&pid| kill_group(pid));
+    for folder in workers.values().flatten() {
+        // The system clears what cannot be removed now.
+        let _ = std::fs::remove_dir_all(folder);
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
