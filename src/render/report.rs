@@ -16,6 +16,7 @@ use super::sections::predictions::{Predictions, predictions};
 use super::sections::recommendations::{Recommendation, recommendations};
 use super::sections::risks::{Risk, risks};
 use super::sections::success::{SuccessCriterion, success};
+use super::stock::StockRow;
 use super::tables::{LossAgreement, ModelTables};
 use super::trace::{Lines, TraceRow, rows};
 use super::troubles::{Trouble, troubles};
@@ -270,11 +271,12 @@ fn markdown(
         .iter()
         .map(|r| r.dominated.iter().map(prose::dominated).collect())
         .collect();
+    let stock: Vec<&StockRow> = findings.models.iter().flat_map(|m| &m.stock).collect();
     let rendered = template.render(context! {
         f => Serde(findings),
         summary => prose::summary(&findings.decision),
         conclusion => prose::conclusion(&findings.decision),
-        limits => unsettled(&findings.decision, &findings.facts, &findings.criteria),
+        limits => unsettled(&findings.decision, &findings.facts, &findings.criteria, &stock),
         rule => prose::rule(&findings.criteria.decision),
         dominated,
         record => link(&format!("{link_prefix}{record_name}")),

@@ -8,6 +8,9 @@ use crate::engines::is_stock_form_of;
 use evalfw_engine::protocol::Quantization;
 use serde::Serialize;
 
+/// Of the rows about training speed.
+pub const TRAINING: &str = "slot tokens/s";
+
 /// One figure of a job on both.
 #[derive(Debug, Clone, Serialize)]
 pub struct StockRow {
@@ -91,7 +94,7 @@ fn figures(job: &Job) -> [(&'static str, Option<Spread>); 4] {
         _ => None,
     };
     [
-        ("slot tokens/s", train.map(|t| t.slot_tokens)),
+        (TRAINING, train.map(|t| t.slot_tokens)),
         ("prompt tokens/s", infer.and_then(|i| i.prefill)),
         ("generated tokens/s", infer.and_then(|i| i.decode)),
         ("peak GB", peak),

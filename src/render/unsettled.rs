@@ -1,16 +1,22 @@
 //! What the decision does not settle, one sentence each.
 
 use super::facts::Facts;
-use super::format::{list, markdown, parameters, plain};
+use super::format::{list, markdown, parameters, plain, significant};
 use super::prose::{fewest_steps, lower};
+use super::stock::{StockRow, TRAINING};
 use crate::decide::Decision;
 use crate::decide::criteria::Criteria;
 use crate::decide::ranking::{Candidate, Ranking};
-use crate::engines::{is_stock_form_of, stock_form};
+use crate::engines::stock_form;
 use std::cmp::Ordering;
 
 /// What the decision does not cover, one sentence each.
-pub fn unsettled(decision: &Decision, facts: &Facts, criteria: &Criteria) -> Vec<String> {
+pub fn unsettled(
+    decision: &Decision,
+    facts: &Facts,
+    criteria: &Criteria,
+    stock: &[&StockRow],
+) -> Vec<String> {
     let ranking = decision.headline();
     let mut limits = Vec::new();
     if facts.models.iter().all(|m| m.synthetic) {
@@ -37,7 +43,7 @@ pub fn unsettled(decision: &Decision, facts: &Facts, criteria: &Criteria) -> Vec
         ));
     }
     limits.extend(ranking.and_then(|ranking| without_difference(ranking, criteria)));
-    limits.extend(ranking.and_then(|ranking| kernels(ranking, decision)));
+    limits.extend(ranking.and_then(|ranking| kernels(ranking, stock)));
     if !decision.software_adapters.is_empty() && ranking.is_some() {
         let names: Vec<String> = decision.software_adapters.iter().map(|e| markdown(e)).collect();
         limits.push(format!("Not compared, because it ran on a software adapter: {}.", list(&names)));
@@ -82,30 +88,35 @@ fn without_difference(ranking: &Ranking, criteria: &Criteria) -> Option<String> 
     })
 }
 
-/// Candidates that run kernels of this project, whose stock forms were not run beside them.
-fn kernels(ranking: &Ranking, decision: &Decision) -> Option<String> {
+/// Which candidates run kernels of this project, and what their frameworks do without.
+fn kernels(ranking: &Ranking, stock: &[&StockRow]) -> Option<String> {
     let is_tuned = |c: &&Candidate| stock_form(&c.engine).is_some_and(|form| form != c.engine);
-    let ran = |c: &Candidate| decision.stock_forms.iter().any(|form| is_stock_form_of(form, &c.engine));
     let tuned: Vec<&Candidate> = ranking.candidates.iter().filter(is_tuned).collect();
-    let names =
-        |engines: &[&Candidate]| list(&engines.iter().map(|c| markdown(&c.engine)).collect::<Vec<_>>());
-    let (beside, alone): (Vec<&Candidate>, Vec<&Candidate>) = tuned.iter().copied().partition(|c| ran(c));
-    let mut text = match tuned.is_empty() {
-        true => return None,
-        false => format!(
-            "{} run kernels of this project beside those that their frameworks ship: their figures tell what the \
-             frameworks can be made to do.",
-            names(&tuned)
-        ),
-    };
-    if !beside.is_empty() {
-        text += &format!(" What is shipped stands beside {} in *Stock beside tuned*.", names(&beside));
+    let names = |all: &[&Candidate]| list(&all.iter().map(|c| markdown(&c.engine)).collect::<Vec<_>>());
+    if tuned.is_empty() {
+        return None;
     }
-    if !alone.is_empty() {
+    let mut text = format!(
+        "{} run kernels of this project beside those that their frameworks ship: their figures tell what the \
+         frameworks can be made to do.",
+        names(&tuned)
+    );
+    let training = |c: &Candidate| stock.iter().find(|row| row.engine == c.engine && row.figure == TRAINING);
+    for row in tuned.iter().filter_map(|c| training(c)) {
         text += &format!(
-            " What is shipped was not run for {}; `evalfw run --suite stock` measures it.",
-            names(&alone)
+            " With what is shipped alone ({}), training makes {} of the {} slot tokens/s of {} in {}.",
+            markdown(&row.stock_engine),
+            significant(row.stock.median),
+            significant(row.tuned.median),
+            markdown(&row.engine),
+            markdown(&row.job)
         );
+    }
+    let alone: Vec<&Candidate> = tuned.iter().copied().filter(|c| training(c).is_none()).collect();
+    if !alone.is_empty() {
+        let which =
+            if alone.len() == tuned.len() { String::new() } else { format!(" for {}", names(&alone)) };
+        text += &format!(" That was not trained{which} here; `evalfw run --suite stock` does.");
     }
     Some(text)
 }

@@ -75,17 +75,19 @@ fn the_committed_record_renders_as_committed() {
     assert_golden("summary.txt", &terminal::summary(&cells));
 }
 
-/// The run that the README shows.
+/// The runs of all five frameworks: the one that the README shows, and one on a CPU without AVX-512.
 #[test]
-fn the_committed_run_renders_as_committed() {
-    let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("results/20261128-191456-frameworks");
-    let report = render(&run, "", &Criteria::built_in().unwrap()).unwrap();
-    let committed = |name: &str| std::fs::read_to_string(run.join(name)).unwrap();
-    let hint = "render it again: evalfw report results/20261128-191456-frameworks";
-    assert!(committed("report.md") == report.markdown, "{hint}");
-    assert!(committed("report.html") == report.page("").unwrap(), "{hint}");
-    for chart in &report.charts {
-        assert!(committed(&chart.file) == chart.svg, "{}: {hint}", chart.file);
+fn the_committed_runs_render_as_committed() {
+    for name in ["20261129-021509-frameworks", "20261128-191456-frameworks"] {
+        let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("results").join(name);
+        let report = render(&run, "", &Criteria::built_in().unwrap()).unwrap();
+        let committed = |name: &str| std::fs::read_to_string(run.join(name)).unwrap();
+        let hint = format!("render it again: evalfw report results/{name}");
+        assert!(committed("report.md") == report.markdown, "{hint}");
+        assert!(committed("report.html") == report.page("").unwrap(), "{hint}");
+        for chart in &report.charts {
+            assert!(committed(&chart.file) == chart.svg, "{}: {hint}", chart.file);
+        }
     }
 }
 
