@@ -100,6 +100,11 @@ impl Metric {
         Self::ALL.iter().find(|(_, metric, _)| *metric == self).map_or("", |(_, _, title)| title)
     }
 
+    /// Whether it is a speed, as a share of what the machine can do.
+    pub fn is_speed(self) -> bool {
+        matches!(self, Self::TrainingSharePercent | Self::PromptSharePercent | Self::GeneratingSharePercent)
+    }
+
     fn origin(self) -> Origin {
         match self {
             Self::PeakTrainingMemoryGb => of_job("train", peak_gb, largest),

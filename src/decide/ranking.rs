@@ -5,11 +5,12 @@ use super::criteria::Criteria;
 use super::figures::{Footprint, InferFigures, Spread, TrainFigures};
 use super::jobs::{Job, reference_jobs, reference_scenario};
 use super::knockout::{KnockOut, knock_outs};
-use super::score::{Interval, PartScore, RESOLUTION, Score, compare, total};
+use super::score::{Interval, RESOLUTION, Score, compare, total};
 use super::smaa::{Acceptability, Alternative, EngineAcceptability, acceptability};
 use super::value::BEST;
 use crate::measure::host::Environment;
 use crate::record::{CellRecord, ModelRecord};
+use crate::scenario::Scenario;
 use serde::Serialize;
 use std::cmp::Ordering;
 
@@ -50,15 +51,13 @@ pub struct Excluded {
     pub reasons: Vec<KnockOut>,
 }
 
-/// `engine` is nowhere better than `by`, and somewhere worse, in the measured criteria and `speeds`.
+/// `engine` is nowhere better than `by`, and somewhere worse, in the measured criteria, what they are made of, and `speeds`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Dominated {
     pub engine: String,
     pub by: String,
     /// Titles of the criteria in which it is worse, and names of speeds, e.g. `training speed`.
     pub worse_in: Vec<String>,
-    /// Titles of single quantities in which it is better all the same, though not in the whole criterion.
-    pub better_parts: Vec<&'static str>,
     /// What speeds of both were measured: `training`, `inference`.
     pub speeds: Vec<&'static str>,
 }
@@ -70,6 +69,10 @@ pub struct BreakEvens {
     pub first: String,
     /// Titles of the criteria, with their weight among those that were measured.
     pub criteria: Vec<(String, BreakEven)>,
+    /// Second by these criteria.
+    pub second: String,
+    /// The same, if the first one and the second were alone.
+    pub against_second: Vec<(String, BreakEven)>,
 }
 
 /// Which finalist is best in one criterion.
@@ -91,6 +94,8 @@ pub enum Winner {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SpeedRatios {
     pub scenario: String,
+    /// Slots of a row.
+    pub sequence_length: usize,
     /// From fast to slow.
     pub engines: Vec<EngineSpeed>,
 }
@@ -224,6 +229,12 @@ impl Ranking {
         }
     }
 
+    /// The other finalists, from the one to take next on.
+    pub fn after_first(&self) -> Vec<&str> {
+        let first = self.first();
+        self.by_acceptability().into_iter().map(|(engine, _)| engine).filter(|e| Some(*e) != first).collect()
+    }
+
     /// The finalists with the share of the draws in which each is first, from often to seldom.
     pub fn by_acceptability(&self) -> Vec<(&str, f64)> {
         let mut engines: Vec<_> = self.acceptability.iter().flat_map(|drawn| &drawn.engines).collect();
@@ -284,13 +295,21 @@ fn break_evens(finalists: &[Candidate], criteria: &Criteria) -> Option<BreakEven
     let sum: f64 = measured.iter().map(|i| criteria.criteria[*i].weight).sum();
     let weights: Vec<f64> = measured.iter().map(|i| 100.0 * criteria.criteria[*i].weight / sum).collect();
     let scores = |c: &Candidate| measured.iter().map(|i| c.scores[*i].range().low).collect::<Vec<f64>>();
-    let engines: Vec<(&str, Vec<f64>)> = finalists.iter().map(|c| (c.engine.as_str(), scores(c))).collect();
+    let mut engines: Vec<(&str, Vec<f64>)> =
+        finalists.iter().map(|c| (c.engine.as_str(), scores(c))).collect();
     let total = |scores: &[f64]| -> f64 { scores.iter().zip(&weights).map(|(s, w)| s * w).sum() };
-    let (first, _) =
-        engines.iter().enumerate().max_by(|(_, a), (_, b)| total(&a.1).total_cmp(&total(&b.1)))?;
-    let titles = measured.iter().map(|i| criteria.criteria[*i].title.clone());
-    let found = break_even(&engines, &weights, first);
-    Some(BreakEvens { first: engines[first].0.to_owned(), criteria: titles.zip(found).collect() })
+    // Stable: of equal ones the first by name stays first.
+    engines.sort_by(|a, b| total(&b.1).total_cmp(&total(&a.1)));
+    let titled = |engines: &[(&str, Vec<f64>)]| {
+        let titles = measured.iter().map(|i| criteria.criteria[*i].title.clone());
+        titles.zip(break_even(engines, &weights, 0)).collect()
+    };
+    Some(BreakEvens {
+        first: engines[0].0.to_owned(),
+        criteria: titled(&engines),
+        second: engines[1].0.to_owned(),
+        against_second: titled(&engines[..2]),
+    })
 }
 
 fn candidate(jobs: &[Job], model: &ModelRecord, engine: &str, criteria: &Criteria) -> Candidate {
@@ -326,7 +345,12 @@ fn speed_ratios(jobs: &[Job], model: &ModelRecord, candidates: &[Candidate]) -> 
         processes: job.ok().count(),
         has_caveats: job.ok().any(|cell| !cell.caveats.is_empty()),
     };
-    Some(SpeedRatios { scenario: scenario.to_owned(), engines: speeds.into_iter().map(engine).collect() })
+    let Scenario::Train(train) = speeds[0].0.parameters else { return None };
+    Some(SpeedRatios {
+        scenario: scenario.to_owned(),
+        sequence_length: train.sequence_length,
+        engines: speeds.into_iter().map(engine).collect(),
+    })
 }
 
 /// A speed by which engines are held against each other.
@@ -449,26 +473,28 @@ fn dominated(candidates: &[Candidate], criteria: &Criteria, speeds: &[Speed]) ->
             let measured = speeds.iter().filter(|s| s.of(&engine.engine).is_some());
             let mut speeds: Vec<&str> = measured.map(|s| s.kind).collect();
             speeds.dedup();
-            let better_parts = better_parts(engine, other);
             let (engine, by) = (engine.engine.clone(), other.engine.clone());
-            found.push(Dominated { engine, by, worse_in, better_parts, speeds });
+            found.push(Dominated { engine, by, worse_in, speeds });
         }
     }
     found
 }
 
-/// Quantities in which `a` scores better than `b`.
-fn better_parts(a: &Candidate, b: &Candidate) -> Vec<&'static str> {
-    let pairs = a.scores.iter().zip(&b.scores).flat_map(|(a, b)| a.parts().iter().zip(b.parts()));
-    let is_better = |(a, b): &(&PartScore, &PartScore)| match (a.score, b.score) {
-        (Some(a), Some(b)) => compare(a, b) == Ordering::Greater,
+/// Whether `a` scores better than `b` in a quantity, though it may not in the whole criterion: there are weights of the
+/// quantities with which that counts for more. Speeds have a comparison of their own.
+fn is_better_in_a_part(a: &Candidate, b: &Candidate) -> bool {
+    let mut pairs = a.scores.iter().zip(&b.scores).flat_map(|(a, b)| a.parts().iter().zip(b.parts()));
+    pairs.any(|(a, b)| match (a.score, b.score) {
+        (Some(own), Some(other)) => !a.metric.is_speed() && compare(own, other) == Ordering::Greater,
         _ => false,
-    };
-    pairs.filter(is_better).map(|(a, _)| a.title).collect()
+    })
 }
 
 /// In what `a` is worse than `b`, if it is worse somewhere and better nowhere.
 fn worse_in(a: &Candidate, b: &Candidate, criteria: &Criteria, speeds: &[Speed]) -> Option<Vec<String>> {
+    if is_better_in_a_part(a, b) {
+        return None;
+    }
     let mut worse = Vec::new();
     for ((criterion, a), b) in criteria.criteria.iter().zip(&a.scores).zip(&b.scores) {
         if a.value().is_none() && b.value().is_none() {

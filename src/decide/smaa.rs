@@ -3,6 +3,7 @@
 //! After R. Lahdelma and P. Salminen, "SMAA-2: Stochastic Multicriteria Acceptability Analysis for Group Decision
 //! Making", Operations Research 49(3), 2001: rank acceptability indices, central weight vectors and confidence factors.
 //! What was measured is drawn by a bootstrap over the processes; what was not is drawn from all that it can be, alike.
+//! The weights of the quantities within a criterion are as much a choice as those of the criteria, and are drawn as they.
 
 use super::criteria::{Criterion, Rule, Source};
 use super::metric::Metric;
@@ -24,7 +25,7 @@ pub struct Alternative<'a> {
 enum ScoreSource<'a> {
     Certain(f64),
     Between(Interval),
-    /// Each with its share of the criterion, from 0 to 1.
+    /// Each with its weight in percent of the criterion.
     Parts(Vec<(f64, PartSource<'a>)>),
 }
 
@@ -45,9 +46,36 @@ impl<'a> Alternative<'a> {
         Self { engine, scores: scores.iter().map(|score| ScoreSource::Certain(*score)).collect() }
     }
 
-    fn draw(&self, rng: &mut impl Rng) -> Vec<f64> {
-        self.scores.iter().map(|source| source.draw(rng)).collect()
+    fn draw(&self, rng: &mut impl Rng) -> Drawn {
+        Drawn(self.scores.iter().map(|source| source.draw(rng)).collect())
     }
+}
+
+/// Of each criterion the scores of its parts, or the one that it has.
+struct Drawn(Vec<Vec<f64>>);
+
+impl Drawn {
+    /// The scores of the criteria with these weights of their parts.
+    fn scores(&self, parts: &[Vec<f64>]) -> Vec<f64> {
+        let score = |(scores, weights): (&Vec<f64>, &Vec<f64>)| match scores.as_slice() {
+            [only] => *only,
+            parts => parts.iter().zip(weights).map(|(score, weight)| score * weight / 100.0).sum(),
+        };
+        self.0.iter().zip(parts).map(score).collect()
+    }
+}
+
+/// The weights of the parts of each criterion, in percent of it; none of a criterion that no alternative has parts of.
+fn part_weights(alternatives: &[Alternative], criteria: usize) -> Vec<Vec<f64>> {
+    let of = |criterion: usize| {
+        let sources = alternatives.iter().map(|a| &a.scores[criterion]);
+        let parts = sources.filter_map(|source| match source {
+            ScoreSource::Parts(parts) => Some(parts.iter().map(|(weight, _)| *weight).collect()),
+            _ => None,
+        });
+        parts.into_iter().next().unwrap_or_default()
+    };
+    (0..criteria).map(of).collect()
 }
 
 fn source<'a>(criterion: &'a Criterion, score: &'a Score) -> ScoreSource<'a> {
@@ -62,7 +90,7 @@ fn source<'a>(criterion: &'a Criterion, score: &'a Score) -> ScoreSource<'a> {
                         anchors: &part.anchors,
                     },
                 };
-                (part.weight / 100.0, from)
+                (part.weight, from)
             };
             ScoreSource::Parts(parts.iter().zip(scores).map(part).collect())
         }
@@ -78,11 +106,11 @@ fn source<'a>(criterion: &'a Criterion, score: &'a Score) -> ScoreSource<'a> {
 }
 
 impl ScoreSource<'_> {
-    fn draw(&self, rng: &mut impl Rng) -> f64 {
+    fn draw(&self, rng: &mut impl Rng) -> Vec<f64> {
         match self {
-            Self::Certain(score) => *score,
-            Self::Between(range) => range.low + (range.high - range.low) * rng.random::<f64>(),
-            Self::Parts(parts) => parts.iter().map(|(share, part)| share * part.draw(rng)).sum(),
+            Self::Certain(score) => vec![*score],
+            Self::Between(range) => vec![range.low + (range.high - range.low) * rng.random::<f64>()],
+            Self::Parts(parts) => parts.iter().map(|(_, part)| part.draw(rng)).collect(),
         }
     }
 }
@@ -111,8 +139,8 @@ pub struct Acceptability {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct EngineAcceptability {
     pub engine: String,
-    /// In which share of the draws it is first, second and so on, with weights around the stated ones. Alternatives of
-    /// one total share their ranks.
+    /// In which share of the draws it is first, second and so on, with weights around the stated ones, those of the
+    /// quantities within a criterion too. Alternatives of one total share their ranks.
     pub ranks: Vec<f64>,
     /// In which share of the draws it is first with the weights exactly as stated.
     pub first_as_stated: f64,
@@ -146,13 +174,19 @@ pub fn acceptability(alternatives: &[Alternative], weights: &[f64], rule: &Rule)
     let (mut as_stated, mut any) = (vec![0.0; count], vec![0.0; count]);
     let mut central = vec![vec![0.0; weights.len()]; count];
     let mut ahead: Vec<Vec<f64>> = vec![Vec::with_capacity(rule.draws); count];
+    let parts = part_weights(alternatives, weights.len());
     for _ in 0..rule.draws {
-        let scores: Vec<Vec<f64>> = alternatives.iter().map(|a| a.draw(&mut rng)).collect();
+        let drawn: Vec<Drawn> = alternatives.iter().map(|a| a.draw(&mut rng)).collect();
+        let with_parts =
+            |parts: &[Vec<f64>]| drawn.iter().map(|d| d.scores(parts)).collect::<Vec<Vec<f64>>>();
+        let around_parts: Vec<Vec<f64>> =
+            parts.iter().map(|parts| around(parts, rule.weight_factor, &mut rng)).collect();
+        let scores = with_parts(&around_parts);
         let around = around(weights, rule.weight_factor, &mut rng);
         for (engine, shares) in rank_shares(&totals(&scores, &around)).into_iter().enumerate() {
             ranks[engine].iter_mut().zip(shares).for_each(|(sum, share)| *sum += share);
         }
-        let stated = totals(&scores, weights);
+        let stated = totals(&with_parts(&parts), weights);
         add(&mut as_stated, first_shares(&stated));
         for (engine, of_engine) in ahead.iter_mut().enumerate() {
             of_engine.push(lead(&stated, engine));
@@ -183,8 +217,9 @@ pub fn acceptability(alternatives: &[Alternative], weights: &[f64], rule: &Rule)
 /// How often an alternative is first with these weights.
 fn confidence(alternatives: &[Alternative], engine: usize, weights: &[f64], rule: &Rule) -> f64 {
     let mut rng = ChaCha8Rng::seed_from_u64(rule.seed);
+    let parts = part_weights(alternatives, weights.len());
     let first = (0..rule.draws).map(|_| {
-        let scores: Vec<Vec<f64>> = alternatives.iter().map(|a| a.draw(&mut rng)).collect();
+        let scores: Vec<Vec<f64>> = alternatives.iter().map(|a| a.draw(&mut rng).scores(&parts)).collect();
         first_shares(&totals(&scores, weights))[engine]
     });
     first.sum::<f64>() / rule.draws as f64

@@ -4,6 +4,7 @@ use super::format::link;
 use super::page::{self, Charts, page};
 use super::prose;
 use super::report::{collapse_blank_lines, template_environment, write_file};
+use super::stock;
 use super::trace::{CellRef, Lines};
 use crate::compare::figure::Metric;
 use crate::decide::criteria::Criteria;
@@ -100,6 +101,7 @@ fn host(name: &str, cells: &[CellRecord], criteria: &Criteria) -> Host {
     commits.sort();
     commits.dedup();
     let environment = &cells[0].environment;
+    let stock = stock::of_cells(cells);
     Host {
         name: name.to_owned(),
         cpu: environment.cpu.clone(),
@@ -110,7 +112,7 @@ fn host(name: &str, cells: &[CellRecord], criteria: &Criteria) -> Host {
         commits,
         cells: cells.len(),
         ok_cells: cells.iter().filter(|cell| cell.outcome == Outcome::Ok).count(),
-        decision: prose::summary(&decide(cells, criteria)),
+        decision: prose::summary(&decide(cells, criteria), &stock.iter().collect::<Vec<_>>()),
     }
 }
 

@@ -1,16 +1,23 @@
 //! The sentences of the decision. Each is built from the record; names are made safe for Markdown here.
 
 use super::format::{gb, list, markdown, percent, plain, points, significant};
+use super::stock::{StockRow, TRAINING};
 use crate::decide::Decision;
+use crate::decide::breakeven::{BreakEven, Level};
 use crate::decide::criteria::Rule;
 use crate::decide::metric::Metric;
 use crate::decide::ranking::{
     BreakEvens, Candidate, Dominated, EngineSpeed, Excluded, Lead, Missing, Ranking, Verdict, Winner,
 };
+use crate::engines::stock_form;
 use crate::measure::metrics::LOAD_PHASE;
+use serde::Serialize;
 
 /// A lead of fewer points of 10 is called small: a change of taste in one criterion is worth as much.
 const SMALL_LEAD: f64 = 0.5;
+
+/// First in fewer of the draws than this is as good as never.
+const SELDOM: f64 = 0.01;
 
 /// With fewer timed training steps of any engine the report gives no advice beyond the verdict.
 const STEPS_FOR_ADVICE: usize = 6;
@@ -19,8 +26,8 @@ const STEPS_FOR_ADVICE: usize = 6;
 pub fn rule(rule: &Rule) -> String {
     format!(
         "Each framework is represented by the best of its engines. One wins if it is first in at least {} of {} draws \
-         (SMAA-2, Lahdelma and Salminen 2001); otherwise there is no clear winner. In each draw a weight is up to {} times as \
-         large or as small as stated, what was measured varies as the processes of the run did, and what was not measured may \
+         (SMAA-2, Lahdelma and Salminen 2001); otherwise there is no clear winner. In each draw a weight, be it of a criterion or of a quantity within one, is up to {} times \
+         as large or as small as stated, what was measured varies as the processes of the run did, and what was not measured may \
          be anything from 0 to 10.",
         percent(rule.acceptability),
         rule.draws,
@@ -29,15 +36,64 @@ pub fn rule(rule: &Rule) -> String {
 }
 
 /// The decision and what speaks beside it, one paragraph each.
-pub fn summary(decision: &Decision) -> Vec<String> {
+pub fn summary(decision: &Decision, stock: &[&StockRow]) -> Vec<String> {
     let Some(headline) = decision.headline() else {
         let why = "Every engine of this run is a software adapter, and those are in no ranking.";
         return vec![format!("**No decision.** {why}")];
     };
-    let mut paragraphs = vec![verdict(headline), beside(headline, decision)];
+    let mut decided = vec![verdict(headline)];
+    decided
+        .extend(in_question(headline).into_iter().filter_map(|engine| as_shipped(headline, engine, stock)));
+    let mut paragraphs = vec![decided.join(" "), beside(headline, decision)];
     paragraphs.extend(decision.rankings[1..].iter().map(verdict));
     paragraphs.retain(|p| !p.is_empty());
     paragraphs
+}
+
+/// The one to choose, or those between which there is no clear winner.
+fn in_question(ranking: &Ranking) -> Vec<&str> {
+    match &ranking.verdict {
+        Verdict::NoCandidate => Vec::new(),
+        Verdict::OnlyOne { engine } | Verdict::Winner { engine, .. } => vec![engine],
+        Verdict::NoClearWinner { .. } => {
+            let shares = ranking.by_acceptability();
+            // One that is hardly ever first is out of the question, though nobody has won.
+            let may_be_first =
+                |e: &&String| shares.iter().all(|(engine, share)| engine != e || *share >= SELDOM);
+            ranking.finalists.iter().filter(may_be_first).map(String::as_str).collect()
+        }
+    }
+}
+
+/// Of an engine with kernels of this project, what its framework does without them.
+fn as_shipped(ranking: &Ranking, engine: &str, stock: &[&StockRow]) -> Option<String> {
+    let framework = markdown(&ranking.candidate(engine)?.framework);
+    stock_form(engine).filter(|form| *form != engine)?;
+    let name = markdown(engine);
+    let Some(row) = stock.iter().find(|row| row.engine == engine && row.figure == TRAINING) else {
+        return Some(format!(
+            "{name} runs kernels of this project; what {framework} ships alone was not trained here."
+        ));
+    };
+    let speeds = ranking.speed.as_ref()?;
+    let own = speeds.engines.iter().find(|e| e.engine == engine)?;
+    let shipped = own.real_tokens.median / row.ratio;
+    let faster = |e: &&EngineSpeed| {
+        e.real_tokens.median > shipped && e.engine != engine && ranking.finalists.contains(&e.engine)
+    };
+    let faster: Vec<String> = speeds
+        .engines
+        .iter()
+        .filter(faster)
+        .map(|e| format!("{} ({})", markdown(&e.engine), significant(e.real_tokens.median)))
+        .collect();
+    let rank = if faster.is_empty() { String::new() } else { format!(", slower than {}", list(&faster)) };
+    Some(format!(
+        "{name} runs kernels of this project: what {framework} ships alone ({}) trains {} tokens/s in {}{rank}.",
+        markdown(&row.stock_engine),
+        significant(shipped),
+        markdown(&row.job)
+    ))
 }
 
 /// What the ranking says, with what is needed to say more.
@@ -61,7 +117,7 @@ fn verdict(ranking: &Ranking) -> String {
         }
         Verdict::Winner { engine, runner_up, acceptability, ahead } => {
             let call = format!(
-                "**Choose {}** (on {model}). It is first in {} of the draws of weights and measurements, and in the middle \
+                "**Choose {}** (on {model}). It is first in {} of the draws of weights and measurements, and in the median \
                  draw {} points of 10 ahead of {}.",
                 with_framework(ranking, engine),
                 percent(*acceptability),
@@ -69,7 +125,7 @@ fn verdict(ranking: &Ranking) -> String {
                 with_framework(ranking, runner_up)
             );
             match is_small(*ahead) {
-                true => format!("{call} {}", small_lead(ranking, runner_up)),
+                true => format!("{call} That is little: *What is gained and lost* tells what it is made of."),
                 false => call,
             }
         }
@@ -83,37 +139,26 @@ fn is_small(lead: f64) -> bool {
     lead < SMALL_LEAD
 }
 
-fn small_lead(ranking: &Ranking, runner_up: &str) -> String {
-    format!(
-        "That is little: between these two, what you lose with the first (see *What is gained and lost*) may count \
-         for more, and {} is no mistake.",
-        with_framework(ranking, runner_up)
-    )
-}
-
 fn no_clear_winner(
     ranking: &Ranking,
     obstacle: &Option<String>,
     lead: &Option<Lead>,
     missing: &[Missing],
 ) -> String {
-    let shares = ranking.by_acceptability();
-    // One that is never first is out of the question, though nobody has won.
-    let is_in_question = |e: &&String| shares.iter().all(|(engine, share)| engine != e || *share > 0.0);
-    let in_question: Vec<String> =
-        ranking.finalists.iter().filter(is_in_question).map(|e| with_framework(ranking, e)).collect();
-    let mut text =
-        format!("**No clear winner** between {} on {}.", list(&in_question), markdown(&ranking.model));
+    let engines: Vec<String> = in_question(ranking).iter().map(|e| with_framework(ranking, e)).collect();
+    let mut text = format!("**No clear winner** between {} on {}.", list(&engines), markdown(&ranking.model));
     match (obstacle, lead) {
         (Some(obstacle), _) => text += &format!(" They cannot be compared: {}.", markdown(obstacle)),
         (None, Some(lead)) => text += &format!(" {}", lead_sentence(lead)),
         (None, None) if is_tie(ranking) => text += " In every criterion that was measured they tie.",
         (None, None) => text += " In what was measured, none is ahead of all others on equal evidence.",
     }
+    let shares = ranking.by_acceptability();
     if !shares.is_empty() {
         let share = |(engine, share): &(&str, f64)| format!("{} in {}", markdown(engine), percent(*share));
-        let shares: Vec<String> = shares.iter().map(share).collect();
-        text += &format!(" First in the draws of weights and measurements: {}.", list(&shares));
+        let often: Vec<String> = shares.iter().filter(|(_, share)| *share >= SELDOM).map(share).collect();
+        let rest = if often.len() < shares.len() { ", any other in less than 1 %" } else { "" };
+        text += &format!(" First in the draws of weights and measurements: {}{rest}.", list(&often));
     }
     if let Some(engine) = undominated(ranking) {
         text += &match fewest_steps(ranking) {
@@ -162,6 +207,14 @@ fn knocked_out(ranking: &Ranking) -> String {
 }
 
 fn lead_sentence(lead: &Lead) -> String {
+    if lead.unknown_weight <= 0.0 {
+        return format!(
+            "With the weights as stated {} leads {} by {} points of 10; other weights near these turn that too often to call it.",
+            markdown(&lead.engine),
+            markdown(&lead.runner_up),
+            points(lead.points)
+        );
+    }
     format!(
         "{} leads by {} points of 10 in what was measured; {} draws level if it is on average {} points better in \
          the {} % of the weight that is unknown.",
@@ -191,28 +244,36 @@ fn beside(ranking: &Ranking, decision: &Decision) -> String {
     sentences.join(" ")
 }
 
-/// The fastest against the fastest of another framework, and against the slowest.
+/// The fastest of the frameworks against each of the others.
 fn speed(ranking: &Ranking) -> Option<String> {
     let speed = ranking.speed.as_ref()?;
-    let [fastest, others @ ..] = speed.engines.as_slice() else { return None };
-    let framework = |engine: &str| ranking.candidate(engine).map(|c| c.framework.as_str());
-    let next = others.iter().find(|e| framework(&e.engine) != framework(&fastest.engine));
-    let slowest = others.last()?;
-    let against = |other: &EngineSpeed| {
+    let is_finalist = |e: &&EngineSpeed| ranking.finalists.contains(&e.engine);
+    let finalists: Vec<&EngineSpeed> = speed.engines.iter().filter(is_finalist).collect();
+    let [fastest, others @ ..] = finalists.as_slice() else { return None };
+    let against = |other: &&EngineSpeed| {
         format!(
-            "{} times as fast as {} ({} against {} tokens/s)",
+            "{} times as fast as {} ({} tokens/s)",
             significant(fastest.real_tokens.median / other.real_tokens.median),
             markdown(&other.engine),
-            significant(fastest.real_tokens.median),
             significant(other.real_tokens.median)
         )
     };
-    let mut all: Vec<String> =
-        next.filter(|next| next.engine != slowest.engine).map(against).into_iter().collect();
-    let handicap =
-        if slowest.has_caveats { ", which has handicaps on this machine (see its section)" } else { "" };
-    all.push(format!("{}{handicap}", against(slowest)));
-    Some(format!("In {}, {} trains {}.", markdown(&speed.scenario), markdown(&fastest.engine), list(&all)))
+    let mut text = format!(
+        "In {}, {} trains {} tokens/s",
+        markdown(&speed.scenario),
+        markdown(&fastest.engine),
+        significant(fastest.real_tokens.median)
+    );
+    if !others.is_empty() {
+        text += &format!(": {}", list(&others.iter().map(against).collect::<Vec<_>>()));
+    }
+    text.push('.');
+    let handicapped: Vec<String> =
+        finalists.iter().filter(|e| e.has_caveats).map(|e| markdown(&e.engine)).collect();
+    if !handicapped.is_empty() {
+        text += &format!(" Handicaps on this machine are named in the sections of {}.", list(&handicapped));
+    }
+    Some(text)
 }
 
 fn peaks(ranking: &Ranking, decision: &Decision) -> Option<String> {
@@ -233,7 +294,7 @@ fn dominated_by_whom(ranking: &Ranking) -> Option<String> {
     let one = |d: &Dominated| format!("{} by {}", markdown(&d.engine), markdown(&d.by));
     let all: Vec<String> = ranking.dominated.iter().map(one).collect();
     (!all.is_empty())
-        .then(|| format!("Dominated (in no criterion better, and worse in some): {}.", list(&all)))
+        .then(|| format!("Dominated (in nothing better, and worse in something): {}.", list(&all)))
 }
 
 pub fn dominated(d: &Dominated) -> String {
@@ -243,17 +304,29 @@ pub fn dominated(d: &Dominated) -> String {
         [] => String::new(),
         speeds => format!(" and in {} speed", list(speeds)),
     };
-    let mut text = format!(
+    format!(
         "{} is dominated by {}: it is nowhere better in the measured criteria{and_speeds}, and worse in {}.",
         markdown(&d.engine),
         markdown(&d.by),
         list(&worse)
-    );
-    if !d.better_parts.is_empty() {
-        let parts: Vec<String> = d.better_parts.iter().map(|title| markdown(title)).collect();
-        text += &format!(" Of single quantities it is better in {}.", list(&parts));
-    }
-    text
+    )
+}
+
+/// What to take where the first one turns out to be of no use.
+#[derive(Debug, Serialize)]
+pub struct NextBest {
+    first: String,
+    then: Vec<String>,
+}
+
+/// `None` without one to take, or another one after it.
+pub fn next_best(decision: &Decision) -> Option<NextBest> {
+    let ranking = decision.headline()?;
+    let then: Vec<String> =
+        ranking.after_first().into_iter().map(|engine| with_framework(ranking, engine)).collect();
+    (!then.is_empty())
+        .then(|| Some(NextBest { first: with_framework(ranking, ranking.first()?), then }))
+        .flatten()
 }
 
 /// What follows, and what would change it.
@@ -285,42 +358,59 @@ pub fn conclusion(decision: &Decision) -> Vec<String> {
     let elsewhere: Vec<String> =
         decision.targets.iter().filter(|t| !t.is_measured).map(|t| markdown(&t.title)).collect();
     if !elsewhere.is_empty() {
-        sentences.push(format!("Open is what holds on: {}.", elsewhere.join("; ")));
+        sentences.push(format!("Not settled: {}.", elsewhere.join("; ")));
     }
     sentences
 }
 
-/// What weight of one criterion changes who is first.
+/// What weight of one criterion changes who is first, and what it takes for the second one to.
 fn nearest_change(ranking: &Ranking, found: &BreakEvens) -> String {
-    let levels = || {
-        found.criteria.iter().flat_map(|(title, found)| {
-            [&found.below, &found.above].into_iter().flatten().map(move |level| (title, found.weight, level))
-        })
-    };
-    let nearest = levels().min_by(|a, b| (a.1 - a.2.weight).abs().total_cmp(&(b.1 - b.2.weight).abs()));
-    let first = with_framework(ranking, &found.first);
-    let Some((title, stated, level)) = nearest else {
-        return format!(
-            "By what was measured and the stated weights {first} is first, and no weight of a single criterion \
-             changes that."
-        );
-    };
-    let mut text = format!(
-        "By what was measured and the stated weights {first} is first; it would not be if {} counted {} % instead of \
-         {} %: then {} draws level.",
-        lower(title),
-        points(level.weight),
-        points(stated),
-        with_framework(ranking, &level.engine)
+    let first = format!(
+        "By what was measured and the stated weights {} is first",
+        with_framework(ranking, &found.first)
     );
-    let rival = ranking.by_acceptability().into_iter().map(|(engine, _)| engine).find(|e| *e != found.first);
-    if let Some(rival) = rival.filter(|rival| levels().all(|(_, _, level)| level.engine != *rival)) {
-        text += &format!(
-            " {}, which comes second, is brought level by no weight of a single criterion.",
-            with_framework(ranking, rival)
-        );
+    let second = with_framework(ranking, &found.second);
+    let Some(change) = nearest(&found.criteria) else {
+        return format!("{first}, and no weight of a single criterion changes that.");
+    };
+    let text = format!(
+        "{first}; it would not be if {}: then {} draws level.",
+        change.words(),
+        with_framework(ranking, &change.level.engine)
+    );
+    if change.level.engine == found.second {
+        return text;
     }
-    text
+    match nearest(&found.against_second) {
+        None => format!("{text} No weight of a single criterion does that for {second}, which comes second."),
+        Some(change) => {
+            format!("{text} For {second}, which comes second, it takes that {}.", change.words())
+        }
+    }
+}
+
+/// At which weight of a criterion, with the one that was stated.
+struct Change<'a> {
+    title: &'a str,
+    stated: f64,
+    level: &'a Level,
+}
+
+impl Change<'_> {
+    fn words(&self) -> String {
+        let (weight, stated) = (points(self.level.weight), points(self.stated));
+        format!("{} counted {weight} % instead of {stated} %", lower(self.title))
+    }
+}
+
+/// The smallest change of a weight. Where a criterion is all that counts, whoever ties in it is level.
+fn nearest(criteria: &[(String, BreakEven)]) -> Option<Change<'_>> {
+    let changes = criteria.iter().flat_map(|(title, found)| {
+        let levels = [&found.below, &found.above].into_iter().flatten();
+        levels.map(move |level| Change { title, stated: found.weight, level })
+    });
+    let distance = |change: &Change| (change.stated - change.level.weight).abs();
+    changes.filter(|change| change.level.weight < 99.95).min_by(|a, b| distance(a).total_cmp(&distance(b)))
 }
 
 /// Timed training steps of the candidate with the fewest.

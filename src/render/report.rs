@@ -45,8 +45,8 @@ pub struct Findings {
     pub decision: Decision,
     /// One for each framework, by name.
     pub frameworks: Vec<FrameworkSection>,
-    /// In what the first one differs from the second, and who they are.
-    pub trade_off: Option<TradeOff>,
+    /// In what the first one differs from those that come next.
+    pub trade_offs: Vec<TradeOff>,
     pub predictions: Option<Predictions>,
     pub recommendations: Vec<Recommendation>,
     pub success: Vec<SuccessCriterion>,
@@ -71,7 +71,7 @@ pub struct Findings {
     pub repeated_attempts: usize,
 }
 
-/// The two that are first most often, and what the one has of the other.
+/// What the one that is first most often has of another one.
 #[derive(Debug, Clone, Serialize)]
 pub struct TradeOff {
     pub first: String,
@@ -182,7 +182,7 @@ impl Findings {
         Self {
             facts: Facts::of(cells, of_jobs(&all)),
             frameworks: sections(&jobs, &decision, &criteria),
-            trade_off: trade_off(&decision, &criteria),
+            trade_offs: trade_offs(&decision, &criteria),
             recommendations: recommendations(cells, &decision),
             success: success(&jobs, &decision, &criteria, &agreement, predictions.as_ref()),
             risks: risks(cells, &jobs, &decision, &criteria, predictions.as_ref()),
@@ -203,16 +203,22 @@ impl Findings {
     }
 }
 
-fn trade_off(decision: &Decision, criteria: &Criteria) -> Option<TradeOff> {
-    let ranking = decision.headline()?;
-    let first = ranking.first()?;
-    let (second, _) = ranking.by_acceptability().into_iter().find(|(engine, _)| *engine != first)?;
-    let (own, other) = (ranking.candidate(first)?, ranking.candidate(second)?);
-    Some(TradeOff {
-        first: prose::with_framework(ranking, first),
-        second: prose::with_framework(ranking, second),
-        differences: differences(own, other, criteria),
-    })
+/// With so many of those that come next the first one is compared.
+const RIVALS: usize = 2;
+
+fn trade_offs(decision: &Decision, criteria: &Criteria) -> Vec<TradeOff> {
+    let Some((ranking, first)) = decision.headline().and_then(|r| Some((r, r.first()?))) else {
+        return Vec::new();
+    };
+    let of = |second: &str| {
+        let (own, other) = (ranking.candidate(first)?, ranking.candidate(second)?);
+        Some(TradeOff {
+            first: prose::with_framework(ranking, first),
+            second: prose::with_framework(ranking, second),
+            differences: differences(own, other, criteria),
+        })
+    };
+    ranking.after_first().into_iter().take(RIVALS).filter_map(of).collect()
 }
 
 fn memory_measures(cells: &[CellRecord]) -> Vec<String> {
@@ -274,9 +280,10 @@ fn markdown(
     let stock: Vec<&StockRow> = findings.models.iter().flat_map(|m| &m.stock).collect();
     let rendered = template.render(context! {
         f => Serde(findings),
-        summary => prose::summary(&findings.decision),
+        summary => prose::summary(&findings.decision, &stock),
         conclusion => prose::conclusion(&findings.decision),
-        limits => unsettled(&findings.decision, &findings.facts, &findings.criteria, &stock),
+        limits => unsettled(&findings.decision, &findings.facts, &findings.criteria),
+        next_best => Serde(prose::next_best(&findings.decision)),
         rule => prose::rule(&findings.criteria.decision),
         dominated,
         record => link(&format!("{link_prefix}{record_name}")),

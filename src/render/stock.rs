@@ -3,8 +3,9 @@
 
 use super::trace::{CellRef, Lines};
 use crate::decide::figures::{Footprint, InferFigures, Spread, TrainFigures};
-use crate::decide::jobs::Job;
+use crate::decide::jobs::{Job, arrange, compared, models};
 use crate::engines::is_stock_form_of;
+use crate::record::{CellRecord, ModelRecord};
 use evalfw_engine::protocol::Quantization;
 use serde::Serialize;
 
@@ -27,6 +28,16 @@ pub struct StockRow {
     /// Tuned over stock, of the medians.
     pub ratio: f64,
     pub cells: Vec<CellRef>,
+}
+
+/// Of all models, without references to lines.
+pub fn of_cells(cells: &[CellRecord]) -> Vec<StockRow> {
+    let jobs = compared(&arrange(cells));
+    let of_model = |model: &ModelRecord| {
+        let own: Vec<&Job> = jobs.iter().filter(|job| job.model.name == model.name).collect();
+        stock_rows(&own, &Lines::default())
+    };
+    models(&jobs).into_iter().flat_map(of_model).collect()
 }
 
 /// `jobs` are of one model.

@@ -1,9 +1,8 @@
 //! What the decision does not settle, one sentence each.
 
 use super::facts::Facts;
-use super::format::{list, markdown, parameters, plain, significant};
+use super::format::{list, markdown, parameters, plain};
 use super::prose::{fewest_steps, lower};
-use super::stock::{StockRow, TRAINING};
 use crate::decide::Decision;
 use crate::decide::criteria::Criteria;
 use crate::decide::ranking::{Candidate, Ranking};
@@ -11,12 +10,7 @@ use crate::engines::stock_form;
 use std::cmp::Ordering;
 
 /// What the decision does not cover, one sentence each.
-pub fn unsettled(
-    decision: &Decision,
-    facts: &Facts,
-    criteria: &Criteria,
-    stock: &[&StockRow],
-) -> Vec<String> {
+pub fn unsettled(decision: &Decision, facts: &Facts, criteria: &Criteria) -> Vec<String> {
     let ranking = decision.headline();
     let mut limits = Vec::new();
     if facts.models.iter().all(|m| m.synthetic) {
@@ -33,6 +27,12 @@ pub fn unsettled(
             parameters(ranking.parameters)
         ));
     }
+    if let Some(speed) = ranking.and_then(|r| r.speed.as_ref()) {
+        limits.push(format!(
+            "Rows of training had {} tokens. Longer ones take more memory, and shift speeds.",
+            speed.sequence_length
+        ));
+    }
     if let Some(steps) = ranking.filter(|r| r.speed.is_some()).map(fewest_steps) {
         let speeds = ranking.iter().flat_map(|r| &r.speed).flat_map(|s| &s.engines);
         let processes = speeds.map(|e| e.processes).min().unwrap_or(0);
@@ -43,7 +43,7 @@ pub fn unsettled(
         ));
     }
     limits.extend(ranking.and_then(|ranking| without_difference(ranking, criteria)));
-    limits.extend(ranking.and_then(|ranking| kernels(ranking, stock)));
+    limits.extend(ranking.and_then(kernels));
     if !decision.software_adapters.is_empty() && ranking.is_some() {
         let names: Vec<String> = decision.software_adapters.iter().map(|e| markdown(e)).collect();
         limits.push(format!("Not compared, because it ran on a software adapter: {}.", list(&names)));
@@ -88,35 +88,16 @@ fn without_difference(ranking: &Ranking, criteria: &Criteria) -> Option<String> 
     })
 }
 
-/// Which candidates run kernels of this project, and what their frameworks do without.
-fn kernels(ranking: &Ranking, stock: &[&StockRow]) -> Option<String> {
+/// Which candidates run kernels of this project.
+fn kernels(ranking: &Ranking) -> Option<String> {
     let is_tuned = |c: &&Candidate| stock_form(&c.engine).is_some_and(|form| form != c.engine);
-    let tuned: Vec<&Candidate> = ranking.candidates.iter().filter(is_tuned).collect();
-    let names = |all: &[&Candidate]| list(&all.iter().map(|c| markdown(&c.engine)).collect::<Vec<_>>());
-    if tuned.is_empty() {
-        return None;
-    }
-    let mut text = format!(
-        "{} run kernels of this project beside those that their frameworks ship: their figures tell what the \
-         frameworks can be made to do.",
-        names(&tuned)
-    );
-    let training = |c: &Candidate| stock.iter().find(|row| row.engine == c.engine && row.figure == TRAINING);
-    for row in tuned.iter().filter_map(|c| training(c)) {
-        text += &format!(
-            " With what is shipped alone ({}), training makes {} of the {} slot tokens/s of {} in {}.",
-            markdown(&row.stock_engine),
-            significant(row.stock.median),
-            significant(row.tuned.median),
-            markdown(&row.engine),
-            markdown(&row.job)
-        );
-    }
-    let alone: Vec<&Candidate> = tuned.iter().copied().filter(|c| training(c).is_none()).collect();
-    if !alone.is_empty() {
-        let which =
-            if alone.len() == tuned.len() { String::new() } else { format!(" for {}", names(&alone)) };
-        text += &format!(" That was not trained{which} here; `evalfw run --suite stock` does.");
-    }
-    Some(text)
+    let tuned: Vec<String> =
+        ranking.candidates.iter().filter(is_tuned).map(|c| markdown(&c.engine)).collect();
+    (!tuned.is_empty()).then(|| {
+        format!(
+            "Kernels of this project, beside those that the frameworks ship, are in {}: their figures tell what the \
+             frameworks can be made to do. `evalfw run --suite stock` measures what all of them do without.",
+            list(&tuned)
+        )
+    })
 }

@@ -87,7 +87,8 @@ pub fn bf16_products_pay() -> bool {
 pub enum InBf16 {
     /// The factors of all products are rounded.
     Products,
-    /// For want of an instruction, products stay in f32, but for those of NF4 and one row, which is rounded to 16 bits.
+    /// For want of an instruction, products stay in f32, but for those of NF4 and one row where
+    /// [`rows_in_16_bits`] says so.
     Kept,
 }
 
@@ -98,10 +99,10 @@ impl InBf16 {
             Ok(Self::Products)
         } else if has_bf16_products() {
             Err("this CPU multiplies bf16 more slowly than f32")
-        } else if rows_in_16_bits() {
+        } else if level() >= Level::Avx2 {
             Ok(Self::Kept)
         } else {
-            Err("this CPU has no instruction for products of bf16 (AVX512_BF16), nor AVX2 alone")
+            Err("this CPU has no instruction for products of bf16 (AVX512_BF16), nor AVX2")
         }
     }
 

@@ -54,10 +54,11 @@ fn other_choice(ranking: &Ranking, engine: &str) -> Option<Risk> {
     let beaten = ((1.0 - own.ranks[0]) * drawn.draws as f64).round() as usize;
     Some(Risk {
         risk: "another framework would have been the better choice".to_owned(),
-        probability: format!("{}, as far as the draws reach", share_or_bound(beaten, drawn.draws)),
+        probability: format!("{} of the draws", percent(1.0 - own.ranks[0])),
         evidence: format!(
-            "it is not first in {beaten} of {} draws, which vary the weights and what the processes of this run \
-             measured; another day, another machine and what has no criterion are in none",
+            "it is first in {} of {} draws, which vary the weights and what the processes of this run measured; another \
+             day, another machine and what has no criterion are in none",
+            drawn.draws - beaten,
             drawn.draws
         ),
         remedy: "measure what is missing, and on the machine that it is for; agree on the weights".to_owned(),
@@ -73,7 +74,7 @@ fn memory(
 ) -> Option<Risk> {
     let large = predictions.and_then(|p| p.large.iter().find(|row| row.engine == engine));
     let beyond = large.map_or(String::new(), |row| {
-        format!("; predicted for {LARGE_MODEL}: up to {} tokens fit", row.longest)
+        format!("; predicted, not measured, for {LARGE_MODEL}: up to {} tokens fit", row.longest)
     });
     let scores = &ranking.candidate(engine)?.scores;
     let peak = scores.iter().find_map(|s| s.metric(Metric::PeakTrainingMemoryGb))?;
@@ -93,7 +94,11 @@ fn failures(own: &[&CellRecord]) -> Option<Risk> {
     (!ran.is_empty()).then(|| Risk {
         risk: "a run ends with an error".to_owned(),
         probability: share_or_bound(failed.len(), ran.len()),
-        evidence: format!("{} of {} cells did not end ok", failed.len(), ran.len()),
+        evidence: format!(
+            "{} of {} cells, those on other models too, did not end ok",
+            failed.len(),
+            ran.len()
+        ),
         remedy: "the report lists each with its error".to_owned(),
         cells: failed.iter().map(|c| c.cell.clone()).collect(),
     })
@@ -149,7 +154,7 @@ fn disturbed(own: &[&CellRecord]) -> Option<Risk> {
         .filter(|c| !c.samples.disturbances.is_empty() || c.samples.steady == Some(false))
         .collect();
     (!watched.is_empty()).then(|| Risk {
-        risk: "a speed is of something else on the machine".to_owned(),
+        risk: "a speed was disturbed by other programs".to_owned(),
         probability: share_or_bound(doubtful.len(), watched.len()),
         evidence: format!("{} of {} cells were disturbed or never settled", doubtful.len(), watched.len()),
         remedy: "run it on a machine that does nothing else".to_owned(),
@@ -173,8 +178,7 @@ fn share_or_bound(count: usize, of: usize) -> String {
     match count {
         0 => {
             let bound = (3.0 / of as f64).min(1.0);
-            let bound = if bound < 0.01 { format!("{} %", plain(bound * 100.0)) } else { percent(bound) };
-            format!("none of {of}: with 95 % confidence below {bound} (3/n)")
+            format!("none of {of}: with 95 % confidence below {} (3/n)", percent(bound))
         }
         _ => percent(count as f64 / of as f64),
     }

@@ -63,11 +63,13 @@ pub fn success(
         Some(most.map_or(difference, |most| most.max(difference)))
     });
     all.push(SuccessCriterion {
-        text: format!("All engines lose alike: at most {SAME_LOSS} nats apart at any step"),
+        text: format!(
+            "Engines that train the same job lose alike: at most {SAME_LOSS} nats apart at any step"
+        ),
         met: apart.map(|apart| apart <= SAME_LOSS),
         evidence: apart.map_or_else(
             || "fewer than two engines trained the same steps".to_owned(),
-            |apart| format!("{apart:.1e} nats apart at most"),
+            |apart| format!("{apart:.1e} nats apart at most; another base is another job"),
         ),
         cells: Vec::new(),
     });
