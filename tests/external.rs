@@ -80,8 +80,36 @@ fn what_an_engine_lacks_is_told_rule_by_rule() {
         "import json,sys\nfor line in sys.stdin:\n  print(json.dumps({'id': 1, 'result': {}}), flush=True)";
     let check = workspace.evalfw().args(["engines", "check", PYTHON, "-c", parrot]).assert().code(1);
     check.stdout(predicate::str::contains("has the id 1").and(predicate::str::contains("Hello")));
-    let check = workspace.evalfw().args(["engines", "check", "/no/such/program"]).assert().code(1);
-    check.stdout(predicate::str::contains("/no/such/program cannot be started"));
+    let check = workspace.evalfw().args(["engines", "check", "/no/such/program"]).assert().code(2);
+    check.stderr(predicate::str::contains("no program /no/such/program"));
+    let check = workspace.evalfw().args(["engines", "check", "no-such-engine"]).assert().code(2);
+    check.stderr(
+        predicate::str::contains("no-such-engine is no program").and(predicate::str::contains("peft")),
+    );
+}
+
+#[test]
+fn an_engine_that_cannot_run_here_breaks_no_rule_by_saying_so() {
+    let workspace = workspace(&[]);
+    let output = workspace.evalfw().args(["engines", "check", "--json", "peft"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(told["unavailable"].as_str().unwrap().contains("evalfw engines install peft"), "{told}");
+    assert!(told["findings"].as_array().unwrap().iter().all(|f| f["held"] == true), "{told}");
+}
+
+/// One thing that is missing is not told as ten.
+#[test]
+fn rules_that_need_load_are_not_tried_without_it() {
+    let workspace = workspace(&[]);
+    let script = repository("tests/support/greeting_engine.py").display().to_string();
+    let output = workspace.evalfw().args(["engines", "check", "--json", PYTHON, &script]).output().unwrap();
+    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let findings = told["findings"].as_array().unwrap();
+    let load = findings.iter().find(|f| f["section"] == "Load").unwrap();
+    assert!(load["held"] == false && load["tried"] == true, "{told}");
+    let training: Vec<&Value> = findings.iter().filter(|f| f["section"] == "Training").collect();
+    assert!(!training.is_empty() && training.iter().all(|f| f["tried"] == false), "{told}");
 }
 
 #[test]

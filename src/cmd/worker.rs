@@ -63,6 +63,9 @@ fn command(invocation: &Invocation) -> Command {
         for variable in USERS_OWN {
             command.env_remove(variable);
         }
+        // `python -m` looks for packages in the folder that it is started in before it looks in its environment. This one
+        // is the worker's own, and empty.
+        command.current_dir(std::env::temp_dir());
     }
     command.args(&invocation.arguments).envs(&invocation.variables);
     // The harness says it in the way of the built-in engines.

@@ -1,13 +1,17 @@
 //! A conversation with a worker in raw lines, so that what a good client never sends can be sent.
 
+use crate::interrupt;
 use crate::worker::{Line, Process, Stderr, WorkerCommand};
 use evalfw_engine::Error as EngineError;
 use evalfw_engine::protocol::{CallType, Request, Response};
 use serde_json::{Value, json};
-use std::time::Duration;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
 
 /// The longest that a call on the small model may take.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How often is looked for Ctrl-C.
+const LOOK: Duration = Duration::from_millis(100);
 /// How long a worker may take to end.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -72,14 +76,14 @@ impl Conversation {
     /// A line as it is; returns the id and the outcome of the reply.
     pub fn line(&mut self, line: &str) -> Result<(u64, Result<Value, EngineError>), Broke> {
         self.process.send(line).map_err(|_| self.end())?;
-        let text = match self.process.lines().recv_timeout(PATIENCE) {
+        let text = match self.next_line() {
             Ok(Line::Text(text)) if text.ends_with('\n') => text,
             Ok(Line::Text(text)) => return Err(format!("a line without an end: {}", shown(&text)).into()),
             Ok(Line::Garbage(what)) => return Err(what.into()),
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
+            Err(RecvTimeoutError::Timeout) => {
                 return Err(format!("no reply within {} s", PATIENCE.as_secs()).into());
             }
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return Err(self.end()),
+            Err(RecvTimeoutError::Disconnected) => return Err(self.end()),
         };
         let response: Response = serde_json::from_str(&text).map_err(|error| {
             format!("on standard output, which is the protocol's: {} ({error})", shown(&text))
@@ -88,6 +92,17 @@ impl Conversation {
             (Some(result), None) => Ok((response.id, Ok(result))),
             (None, Some(error)) => Ok((response.id, Err(error))),
             _ => Err("a reply with both or neither of `result` and `error`".into()),
+        }
+    }
+
+    /// Waits for as long as a call may take, or until Ctrl-C.
+    fn next_line(&self) -> Result<Line, RecvTimeoutError> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.process.lines().recv_timeout(LOOK) {
+                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline && !interrupt::requested() => {}
+                seen => return seen,
+            }
         }
     }
 

@@ -3,13 +3,14 @@
 mod conversation;
 mod rules;
 
+use crate::interrupt;
 use crate::verify::reference::Reference;
 use crate::verify::{Scope, Verdict, verify};
 use crate::worker::WorkerCommand;
 use anyhow::Result;
 use conversation::Broke;
 use evalfw_engine::protocol::EngineInfo;
-use rules::{RULES, Subject};
+use rules::{LOAD, RULES, Subject};
 use serde::Serialize;
 
 /// What came of one rule.
@@ -19,6 +20,8 @@ pub struct Finding {
     pub section: &'static str,
     pub rule: &'static str,
     pub held: bool,
+    /// Not, where it needs what the engine has not.
+    pub tried: bool,
     /// What was seen, where that says more than the rule.
     pub seen: String,
 }
@@ -26,6 +29,8 @@ pub struct Finding {
 #[derive(Debug, Serialize)]
 pub struct Conformance {
     pub engine: Option<EngineInfo>,
+    /// Why it cannot run here, by its own word.
+    pub unavailable: Option<String>,
     pub findings: Vec<Finding>,
     /// Optional calls that the engine does not have.
     pub without: Vec<&'static str>,
@@ -43,19 +48,32 @@ impl Conformance {
 pub fn check(command: &WorkerCommand, progress: &mut dyn FnMut(&str)) -> Result<Conformance> {
     let reference = Reference::built_in()?;
     let subject = Subject::new(command, &reference)?;
-    let mut conformance =
-        Conformance { engine: None, findings: Vec::new(), without: Vec::new(), numbers: None };
+    let mut conformance = Conformance {
+        engine: None,
+        unavailable: None,
+        findings: Vec::new(),
+        without: Vec::new(),
+        numbers: None,
+    };
+    let mut loads = true;
     for rule in RULES {
-        progress(rule.title);
-        let outcome = (rule.tried)(&subject, &mut conformance);
+        let tried = loads || !rule.needs_load;
+        let outcome = match tried {
+            true => {
+                progress(rule.title);
+                (rule.tried)(&subject, &mut conformance)
+            }
+            false => Err(Broke::from("not tried: it needs `load`")),
+        };
         let held = outcome.is_ok();
         let seen = match outcome {
             Ok(seen) => seen,
             Err(Broke { seen }) => seen,
         };
-        conformance.findings.push(Finding { section: rule.section, rule: rule.title, held, seen });
+        loads &= held || rule.section != LOAD;
+        conformance.findings.push(Finding { section: rule.section, rule: rule.title, held, tried, seen });
         // Without a hello there is nothing to try.
-        if conformance.engine.is_none() {
+        if conformance.engine.is_none() || interrupt::requested() {
             return Ok(conformance);
         }
     }

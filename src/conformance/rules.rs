@@ -21,62 +21,96 @@ pub struct Rule {
     /// Of backends/PROTOCOL.md.
     pub section: &'static str,
     pub title: &'static str,
+    /// Whether it begins with a model that is loaded.
+    pub needs_load: bool,
     pub tried: fn(&Subject<'_>, &mut Conformance) -> Seen,
 }
 
+/// The section of the rule that others need.
+pub const LOAD: &str = "Load";
+
 /// In the order in which an engine is written.
 pub const RULES: &[Rule] = &[
-    Rule { section: "Hello", title: "`hello` says who answers, on what", tried: hello },
-    Rule { section: "Hello", title: "another version of the protocol is refused", tried: other_version },
+    Rule { section: "Hello", title: "`hello` says who answers, on what", needs_load: false, tried: hello },
+    Rule {
+        section: "Hello",
+        title: "another version of the protocol is refused",
+        needs_load: false,
+        tried: other_version,
+    },
     Rule {
         section: "Lines",
         title: "a line that is no request gets an error, and the next call its reply",
+        needs_load: false,
         tried: garbage,
     },
     Rule {
         section: "Lines",
         title: "a method that is unknown is an error of the protocol",
+        needs_load: false,
         tried: unknown_method,
     },
     Rule {
         section: "Order",
         title: "calls before `hello`, and of a model before `load`, are refused",
+        needs_load: false,
         tried: order,
     },
     Rule {
         section: "Errors",
         title: "a folder that holds no model is an error of input that names it",
+        needs_load: false,
         tried: no_model,
     },
-    Rule { section: "Load", title: "`load` tells its parts and the number of parameters", tried: load },
+    Rule {
+        section: LOAD,
+        title: "`load` tells its parts and the number of parameters",
+        needs_load: false,
+        tried: load,
+    },
     Rule {
         section: "Generating",
         title: "`prefill`, `decode` and `logits` have the shapes that were asked for",
+        needs_load: true,
         tried: generating,
     },
     Rule {
         section: "Generating",
         title: "`decode` without a `prefill`, and ids that are too large, are refused",
+        needs_load: true,
         tried: bad_tokens,
     },
-    Rule { section: "Training", title: "an adapter trains, step by step", tried: training },
+    Rule { section: "Training", title: "an adapter trains, step by step", needs_load: true, tried: training },
     Rule {
         section: "Training",
         title: "gradients and the trained adapter are written in PEFT's names",
+        needs_load: true,
         tried: files,
     },
     Rule {
         section: "Training",
         title: "a line that a file of batches does not have is refused by its name",
+        needs_load: true,
         tried: no_line,
     },
     Rule {
         section: "Optional calls",
         title: "a call that the engine does not have is `unsupported`",
+        needs_load: true,
         tried: optional,
     },
-    Rule { section: "The end", title: "`bye` is answered, and the process ends with success", tried: bye },
-    Rule { section: "The end", title: "the end of input ends the process", tried: end_of_input },
+    Rule {
+        section: "The end",
+        title: "`bye` is answered, and the process ends with success",
+        needs_load: false,
+        tried: bye,
+    },
+    Rule {
+        section: "The end",
+        title: "the end of input ends the process",
+        needs_load: false,
+        tried: end_of_input,
+    },
 ];
 
 /// A worker's command, and what it is tried on.
@@ -134,7 +168,14 @@ impl<'a> Subject<'a> {
 }
 
 fn hello(subject: &Subject<'_>, conformance: &mut Conformance) -> Seen {
-    let (_, info) = subject.greeted()?;
+    let info = match subject.start()?.call(Hello { protocol: VERSION })? {
+        Ok(info) => info,
+        Err(error @ EngineError::Unavailable { .. }) => {
+            conformance.unavailable = Some(error.to_string());
+            return Ok("it answers that it cannot run here".to_owned());
+        }
+        Err(error) => return Err(format!("hello failed: {error}").into()),
+    };
     equal("protocol", info.protocol, VERSION)?;
     for (field, value) in [
         ("engine", &info.engine),

@@ -60,13 +60,18 @@ pub fn install(installer: Installer<'_>) -> Result<(Installed, bool)> {
     let requirements = environment.folder.with_extension("requirements.txt");
     std::fs::write(&requirements, external.requirements(&packages)?).with_context(place)?;
     let tool = Tool::choose();
-    let mut steps =
-        Steps { log: log_of(&environment)?, log_path: log_path(&environment), progress: installer.progress };
+    let mut steps = Steps {
+        folder: None,
+        log: log_of(&environment)?,
+        log_path: log_path(&environment),
+        progress: installer.progress,
+    };
     steps.run("making the environment", tool.new_environment(&python, &environment))?;
     steps.run(
         &format!("installing with {}", tool.title()),
         tool.install_packages(&environment, &requirements),
     )?;
+    steps.folder = Some(environment.folder.clone());
     let versions = versions(external, &environment, &mut steps)?;
     // It stands in the program, and is written again when it is needed.
     let _ = std::fs::remove_file(&requirements);
@@ -92,6 +97,7 @@ pub fn remove(external: &External) -> Result<Option<u64>> {
     }
     let _lock = lock(&environment)?;
     let bytes = environment.size();
+    let _ = std::fs::remove_file(environment.folder.with_extension("requirements.txt"));
     std::fs::remove_dir_all(&environment.folder)
         .with_context(|| format!("{}: cannot be removed", environment.folder.display()))?;
     let _ = std::fs::remove_file(log_path(&environment));
@@ -253,6 +259,8 @@ pub const USERS_OWN: [&str; 3] = ["PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"];
 
 /// The commands of an installation, with their log.
 struct Steps<'a> {
+    /// Where they start, for `python -m` finds packages there; it holds none.
+    folder: Option<PathBuf>,
     log: File,
     log_path: PathBuf,
     progress: &'a mut dyn FnMut(&str),
@@ -268,6 +276,9 @@ impl Steps<'_> {
             command.env_remove(variable);
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if let Some(folder) = &self.folder {
+            command.current_dir(folder);
+        }
         let name = command.get_program().display().to_string();
         let mut child = command.spawn().with_context(|| format!("{name} could not be started"))?;
         let (sender, lines) = channel();

@@ -40,7 +40,13 @@ pub struct InstallArgs {
 
 /// Remove the environment of an engine
 #[derive(Args)]
+#[command(after_help = "\
+Example:
+  evalfw engines remove axolotl
+
+Exit codes: 0 it is not there any more, 2 it could not be removed.")]
 pub struct RemoveArgs {
+    /// peft, mlx-lm, axolotl, or one of your own
     #[arg(required = true, value_name = "ENGINE")]
     engines: Vec<String>,
     #[command(flatten)]
@@ -50,7 +56,11 @@ pub struct RemoveArgs {
 pub fn install(args: &InstallArgs) -> Result<ExitCode> {
     interrupt::install()?;
     let registry = args.engines_file.registry()?;
-    for external in external(&registry, &args.engines)? {
+    let chosen = external(&registry, &args.engines)?;
+    if let Some(other) = chosen.iter().find(|external| external.declaration.install.is_none()) {
+        bail!("{} is declared without [engine.install]: there is nothing to install", other.name());
+    }
+    for external in chosen {
         announce(external);
         let bar = bar();
         let installer = Installer {
