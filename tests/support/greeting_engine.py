@@ -12,6 +12,7 @@ HELLO = {
     "device": {"kind": "cpu", "name": "CPU", "software": False},
     "compute_dtype": "f32",
     "threads": 1,
+    "features": [],
     "quantizations": ["none"],
 }
 
