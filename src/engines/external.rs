@@ -2,7 +2,7 @@
 
 use super::environment::{Environment, State};
 use crate::folders::data_dir;
-use crate::measure::memory::gpu::has_nvidia_gpu;
+use crate::measure::memory::has_nvidia_gpu;
 use anyhow::{Context, Result, bail};
 use evalfw_engine::protocol::DeviceKind;
 use include_dir::{Dir, include_dir};

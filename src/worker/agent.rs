@@ -5,6 +5,7 @@
 
 use super::process::{Line, Process, Stderr, WorkerCommand};
 use super::{host_oom_kills, is_oom_kill};
+use crate::interrupt;
 use crate::measure::host::Environment;
 use crate::measure::watch::{Observations, Observer};
 use anyhow::{Context, Result};
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 /// A line for or from the agent.
@@ -51,6 +52,9 @@ pub const MARK: &str = "{\"agent\":";
 /// How long the worker may take to end after its pipe closed.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// How often is looked for a request to end.
+const LOOK: Duration = Duration::from_millis(50);
+
 enum Event {
     FromHarness(String),
     /// The harness is gone.
@@ -61,6 +65,8 @@ enum Event {
 
 /// Serves until the worker or the harness ends.
 pub fn serve(engine: &str, threads: Option<usize>, engines_file: Option<&Path>) -> Result<ExitCode> {
+    // Asked to end, it takes its worker and what that has left with it.
+    interrupt::install()?;
     let oom_kills = host_oom_kills();
     let command = WorkerCommand::here(engine, threads, engines_file).context("where is this program?")?;
     let mut process =
@@ -74,7 +80,12 @@ pub fn serve(engine: &str, threads: Option<usize>, engines_file: Option<&Path>) 
         output.flush()
     };
     let line = |tell: Tell| serde_json::to_string(&Envelope { agent: tell });
-    for event in events {
+    loop {
+        let event = match events.recv_timeout(LOOK) {
+            Err(RecvTimeoutError::Timeout) if !interrupt::requested() => continue,
+            Err(_) => break,
+            Ok(event) => event,
+        };
         match event {
             Event::HarnessEnded => break,
             Event::FromHarness(text) if text.starts_with(MARK) => {

@@ -23,6 +23,8 @@ mod os;
 mod os;
 mod timeline;
 
+#[cfg(not(target_os = "macos"))]
+pub use gpu::has_nvidia_gpu;
 #[cfg(target_os = "linux")]
 pub use os::tree as process_tree;
 use serde::{Deserialize, Serialize};
@@ -30,6 +32,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use timeline::Timeline;
+
+/// NVIDIA has no driver for Macs.
+#[cfg(target_os = "macos")]
+pub fn has_nvidia_gpu() -> bool {
+    false
+}
 
 const INTERVAL: Duration = Duration::from_millis(20);
 /// Looking may take one part in so many of the time.
