@@ -1,6 +1,8 @@
 //! What people read: the report in Markdown and as a page, with its charts, and the summary in the terminal.
 //! Everything comes from the record, so that the same record gives the same bytes on any machine.
 
+mod beside;
+mod change;
 pub mod charts;
 mod doubts;
 mod drawings;

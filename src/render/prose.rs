@@ -1,16 +1,14 @@
 //! The sentences of the decision. Each is built from the record; names are made safe for Markdown here.
 
-use super::format::{gb, list, markdown, percent, plain, points, significant};
+use super::beside::beside;
+use super::change::nearest_change;
+use super::format::{list, markdown, percent, plain, points, significant};
 use super::stock::{StockRow, TRAINING};
 use crate::decide::Decision;
-use crate::decide::breakeven::{BreakEven, Level};
 use crate::decide::criteria::Rule;
-use crate::decide::metric::Metric;
-use crate::decide::ranking::{
-    BreakEvens, Candidate, Dominated, EngineSpeed, Excluded, Lead, Missing, Ranking, Verdict, Winner,
-};
+use crate::decide::ranking::{EngineSpeed, Excluded, Lead, Missing, Ranking, Verdict, Winner};
 use crate::engines::stock_form;
-use crate::measure::metrics::LOAD_PHASE;
+use evalfw_engine::protocol::Quantization;
 use serde::Serialize;
 
 /// A lead of fewer points of 10 is called small: a change of taste in one criterion is worth as much.
@@ -70,12 +68,16 @@ fn as_shipped(ranking: &Ranking, engine: &str, stock: &[&StockRow]) -> Option<St
     let framework = markdown(&ranking.candidate(engine)?.framework);
     stock_form(engine).filter(|form| *form != engine)?;
     let name = markdown(engine);
-    let Some(row) = stock.iter().find(|row| row.engine == engine && row.figure == TRAINING) else {
+    let speeds = ranking.speed.as_ref()?;
+    let is_its = |row: &&&StockRow| {
+        let is_job = row.job == speeds.scenario && row.tuned_base != Quantization::None;
+        row.engine == engine && row.figure == TRAINING && is_job
+    };
+    let Some(row) = stock.iter().find(is_its) else {
         return Some(format!(
-            "{name} runs kernels of this project; what {framework} ships alone was not trained here."
+            "{name} runs kernels of this project; what {framework} ships alone did not train in this job."
         ));
     };
-    let speeds = ranking.speed.as_ref()?;
     let own = speeds.engines.iter().find(|e| e.engine == engine)?;
     let shipped = own.real_tokens.median / row.ratio;
     let faster = |e: &&EngineSpeed| {
@@ -198,7 +200,7 @@ fn undominated(ranking: &Ranking) -> Option<&str> {
     left.next().filter(|_| left.next().is_none())
 }
 
-fn knocked_out(ranking: &Ranking) -> String {
+pub fn knocked_out(ranking: &Ranking) -> String {
     let reason = |e: &Excluded| {
         let titles: Vec<String> = e.reasons.iter().map(|r| r.title.to_owned()).collect();
         format!("{} ({})", markdown(&e.engine), list(&titles))
@@ -230,86 +232,6 @@ fn lead_sentence(lead: &Lead) -> String {
 fn is_tie(ranking: &Ranking) -> bool {
     ranking.winners.iter().all(|w| matches!(w, Winner::Tie | Winner::NotMeasured))
         && ranking.winners.contains(&Winner::Tie)
-}
-
-/// Speed and memory of the candidates, and who is dominated.
-fn beside(ranking: &Ranking, decision: &Decision) -> String {
-    let mut sentences = Vec::new();
-    sentences.extend(speed(ranking));
-    sentences.extend(peaks(ranking, decision));
-    sentences.extend(dominated_by_whom(ranking));
-    if !ranking.candidates.is_empty() && !ranking.knocked_out.is_empty() {
-        sentences.push(format!("Knocked out: {}.", knocked_out(ranking)));
-    }
-    sentences.join(" ")
-}
-
-/// The fastest of the frameworks against each of the others.
-fn speed(ranking: &Ranking) -> Option<String> {
-    let speed = ranking.speed.as_ref()?;
-    let is_finalist = |e: &&EngineSpeed| ranking.finalists.contains(&e.engine);
-    let finalists: Vec<&EngineSpeed> = speed.engines.iter().filter(is_finalist).collect();
-    let [fastest, others @ ..] = finalists.as_slice() else { return None };
-    let against = |other: &&EngineSpeed| {
-        format!(
-            "{} times as fast as {} ({} tokens/s)",
-            significant(fastest.real_tokens.median / other.real_tokens.median),
-            markdown(&other.engine),
-            significant(other.real_tokens.median)
-        )
-    };
-    let mut text = format!(
-        "In {}, {} trains {} tokens/s",
-        markdown(&speed.scenario),
-        markdown(&fastest.engine),
-        significant(fastest.real_tokens.median)
-    );
-    if !others.is_empty() {
-        text += &format!(": {}", list(&others.iter().map(against).collect::<Vec<_>>()));
-    }
-    text.push('.');
-    let handicapped: Vec<String> =
-        finalists.iter().filter(|e| e.has_caveats).map(|e| markdown(&e.engine)).collect();
-    if !handicapped.is_empty() {
-        text += &format!(" Handicaps on this machine are named in the sections of {}.", list(&handicapped));
-    }
-    Some(text)
-}
-
-fn peaks(ranking: &Ranking, decision: &Decision) -> Option<String> {
-    let peak = |c: &Candidate| {
-        let peak = c.scores.iter().find_map(|s| s.metric(Metric::PeakTrainingMemoryGb))?;
-        let when = if c.training_peak_in.as_deref() == Some(LOAD_PHASE) { " (while loading)" } else { "" };
-        Some(format!("{} {} GB{when}", markdown(&c.engine), gb(peak.value * 1e9)))
-    };
-    let peaks: Vec<String> = ranking.candidates.iter().filter_map(peak).collect();
-    let target = plain(decision.memory_target_bytes as f64 / 1e9);
-    (!peaks.is_empty()).then(|| {
-        format!("Peak memory of a training run from loading to saving, of {target} GB: {}.", list(&peaks))
-    })
-}
-
-/// In short; the matrix tells in what.
-fn dominated_by_whom(ranking: &Ranking) -> Option<String> {
-    let one = |d: &Dominated| format!("{} by {}", markdown(&d.engine), markdown(&d.by));
-    let all: Vec<String> = ranking.dominated.iter().map(one).collect();
-    (!all.is_empty())
-        .then(|| format!("Dominated (in nothing better, and worse in something): {}.", list(&all)))
-}
-
-pub fn dominated(d: &Dominated) -> String {
-    let worse: Vec<String> = d.worse_in.iter().map(|w| lower(w)).collect();
-    let speeds: Vec<String> = d.speeds.iter().map(|s| s.to_string()).collect();
-    let and_speeds = match speeds.as_slice() {
-        [] => String::new(),
-        speeds => format!(" and in {} speed", list(speeds)),
-    };
-    format!(
-        "{} is dominated by {}: it is nowhere better in the measured criteria{and_speeds}, and worse in {}.",
-        markdown(&d.engine),
-        markdown(&d.by),
-        list(&worse)
-    )
 }
 
 /// What to take where the first one turns out to be of no use.
@@ -361,56 +283,6 @@ pub fn conclusion(decision: &Decision) -> Vec<String> {
         sentences.push(format!("Not settled: {}.", elsewhere.join("; ")));
     }
     sentences
-}
-
-/// What weight of one criterion changes who is first, and what it takes for the second one to.
-fn nearest_change(ranking: &Ranking, found: &BreakEvens) -> String {
-    let first = format!(
-        "By what was measured and the stated weights {} is first",
-        with_framework(ranking, &found.first)
-    );
-    let second = with_framework(ranking, &found.second);
-    let Some(change) = nearest(&found.criteria) else {
-        return format!("{first}, and no weight of a single criterion changes that.");
-    };
-    let text = format!(
-        "{first}; it would not be if {}: then {} draws level.",
-        change.words(),
-        with_framework(ranking, &change.level.engine)
-    );
-    if change.level.engine == found.second {
-        return text;
-    }
-    match nearest(&found.against_second) {
-        None => format!("{text} No weight of a single criterion does that for {second}, which comes second."),
-        Some(change) => {
-            format!("{text} For {second}, which comes second, it takes that {}.", change.words())
-        }
-    }
-}
-
-/// At which weight of a criterion, with the one that was stated.
-struct Change<'a> {
-    title: &'a str,
-    stated: f64,
-    level: &'a Level,
-}
-
-impl Change<'_> {
-    fn words(&self) -> String {
-        let (weight, stated) = (points(self.level.weight), points(self.stated));
-        format!("{} counted {weight} % instead of {stated} %", lower(self.title))
-    }
-}
-
-/// The smallest change of a weight. Where a criterion is all that counts, whoever ties in it is level.
-fn nearest(criteria: &[(String, BreakEven)]) -> Option<Change<'_>> {
-    let changes = criteria.iter().flat_map(|(title, found)| {
-        let levels = [&found.below, &found.above].into_iter().flatten();
-        levels.map(move |level| Change { title, stated: found.weight, level })
-    });
-    let distance = |change: &Change| (change.stated - change.level.weight).abs();
-    changes.filter(|change| change.level.weight < 99.95).min_by(|a, b| distance(a).total_cmp(&distance(b)))
 }
 
 /// Timed training steps of the candidate with the fewest.

@@ -1,5 +1,6 @@
 //! The decision report.
 
+use super::beside;
 use super::charts::{self, Chart, Kind};
 use super::doubts::{Doubt, doubts};
 use super::drawings;
@@ -275,7 +276,7 @@ fn markdown(
         .decision
         .rankings
         .iter()
-        .map(|r| r.dominated.iter().map(prose::dominated).collect())
+        .map(|r| r.dominated.iter().map(beside::dominated).collect())
         .collect();
     let stock: Vec<&StockRow> = findings.models.iter().flat_map(|m| &m.stock).collect();
     let rendered = template.render(context! {
