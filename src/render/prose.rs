@@ -79,21 +79,18 @@ fn as_shipped(ranking: &Ranking, engine: &str, stock: &[&StockRow]) -> Option<St
         ));
     };
     let own = speeds.engines.iter().find(|e| e.engine == engine)?;
-    let shipped = own.real_tokens.median / row.ratio;
-    let faster = |e: &&EngineSpeed| {
-        e.real_tokens.median > shipped && e.engine != engine && ranking.finalists.contains(&e.engine)
+    let is_faster = |e: &&EngineSpeed| {
+        let times = e.real_tokens.median / own.real_tokens.median;
+        times * row.ratio > 1.0 && e.engine != engine && ranking.finalists.contains(&e.engine)
     };
-    let faster: Vec<String> = speeds
-        .engines
-        .iter()
-        .filter(faster)
-        .map(|e| format!("{} ({})", markdown(&e.engine), significant(e.real_tokens.median)))
-        .collect();
+    let faster: Vec<String> = speeds.engines.iter().filter(is_faster).map(|e| markdown(&e.engine)).collect();
     let rank = if faster.is_empty() { String::new() } else { format!(", slower than {}", list(&faster)) };
     Some(format!(
-        "{name} runs kernels of this project: what {framework} ships alone ({}) trains {} tokens/s in {}{rank}.",
+        "{name} runs kernels of this project: what {framework} ships alone ({}) trains {} slot tokens/s against its {} in \
+         {}{rank}.",
         markdown(&row.stock_engine),
-        significant(shipped),
+        significant(row.stock.median),
+        significant(row.tuned.median),
         markdown(&row.job)
     ))
 }
