@@ -98,6 +98,22 @@ fn an_engine_that_cannot_run_here_breaks_no_rule_by_saying_so() {
     assert!(told["findings"].as_array().unwrap().iter().all(|f| f["held"] == true), "{told}");
 }
 
+#[test]
+#[cfg(unix)]
+fn a_program_on_path_may_have_a_dot_in_its_name() {
+    use std::os::unix::fs::PermissionsExt;
+    let workspace = workspace(&[]);
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("greets.v2");
+    let script = repository("tests/support/greeting_engine.py");
+    fs::write(&program, format!("#!/bin/sh\nexec {PYTHON} '{}'\n", script.display())).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{path}", folder.path().display());
+    let check = workspace.evalfw().args(["engines", "check", "greets.v2"]).env("PATH", path).assert().code(1);
+    check.stdout(predicate::str::contains("numbers are compared once all hold"));
+}
+
 /// One thing that is missing is not told as ten.
 #[test]
 fn rules_that_need_load_are_not_tried_without_it() {

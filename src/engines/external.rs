@@ -205,6 +205,14 @@ impl External {
         self.declaration.handicaps.iter().filter(applies).map(|handicap| handicap.what.clone()).collect()
     }
 
+    /// How its environment is made.
+    pub fn install(&self) -> Result<&Install> {
+        let install = self.declaration.install.as_ref();
+        install.with_context(|| {
+            format!("{} is declared without [engine.install]: there is nothing to install", self.name())
+        })
+    }
+
     /// Where its environment is, if it has one.
     pub fn environment(&self) -> Result<Option<Environment>> {
         let Some(install) = &self.declaration.install else { return Ok(None) };

@@ -38,10 +38,9 @@ pub struct Installer<'a> {
 /// Returns what is installed now, and whether this call did it.
 pub fn install(installer: Installer<'_>) -> Result<(Installed, bool)> {
     let external = installer.external;
-    let Some((environment, install)) = external.environment()?.zip(external.declaration.install.as_ref())
-    else {
-        bail!("{} is declared without [engine.install]: there is nothing to install", external.name());
-    };
+    let install = external.install()?;
+    let environment =
+        external.environment()?.context("an engine with [engine.install] has an environment")?;
     let place = || format!("{}: cannot be written", environment.folder.display());
     let parent = environment.folder.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(parent).with_context(place)?;

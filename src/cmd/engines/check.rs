@@ -92,8 +92,8 @@ fn is_program(word: &str) -> bool {
         return path.exists();
     }
     let folders = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&folders)
-        .any(|folder| folder.join(word).with_extension(std::env::consts::EXE_EXTENSION).is_file())
+    let names = [word.to_owned(), format!("{word}{}", std::env::consts::EXE_SUFFIX)];
+    std::env::split_paths(&folders).any(|folder| names.iter().any(|name| folder.join(name).is_file()))
 }
 
 fn text(conformance: &Conformance) -> String {

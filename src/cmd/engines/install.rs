@@ -57,8 +57,9 @@ pub fn install(args: &InstallArgs) -> Result<ExitCode> {
     interrupt::install()?;
     let registry = args.engines_file.registry()?;
     let chosen = external(&registry, &args.engines)?;
-    if let Some(other) = chosen.iter().find(|external| external.declaration.install.is_none()) {
-        bail!("{} is declared without [engine.install]: there is nothing to install", other.name());
+    // All of them before the first one downloads gigabytes.
+    for external in &chosen {
+        external.install()?;
     }
     for external in chosen {
         announce(external);
@@ -100,9 +101,7 @@ pub fn install(args: &InstallArgs) -> Result<ExitCode> {
 
 /// Said before it begins, for some are large.
 fn announce(external: &External) {
-    let Some(packages) = external.declaration.install.as_ref().map(|install| install.packages()) else {
-        return;
-    };
+    let Ok(packages) = external.install().map(|install| install.packages()) else { return };
     let more = packages.note.as_ref().map_or_else(String::new, |note| format!(". {note}"));
     note(&format!(
         "{}: about {:.1} GB to download, {:.1} GB on the disk{more}",
