@@ -6,7 +6,7 @@
 use anyhow::{Context, Result};
 use evalfw_engine::protocol::DeviceLimits;
 use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
-use evalfw_kernels::level::has_bf16_products;
+use evalfw_kernels::level::bf16_products_pay;
 use evalfw_kernels::pages::prefer_huge_pages;
 use evalfw_kernels::{HostMatrix, Products};
 use half::bf16;
@@ -68,7 +68,7 @@ impl HostLimits {
             threads: rayon::current_num_threads(),
             memory_bytes_per_second: Some(memory_rate()),
             f32_flops: Some(gemm_rate().max(product_rate(Products::F32))),
-            bf16_flops: has_bf16_products().then(|| product_rate(Products::Bf16)),
+            bf16_flops: bf16_products_pay().then(|| product_rate(Products::Bf16)),
             page_cache_bytes_per_second: Some(page_cache),
             disk_bytes_per_second: disk,
         })

@@ -14,7 +14,7 @@ use evalfw_engine::protocol::{DeviceLimits, EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::WeightLoader;
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
-use evalfw_kernels::level::{InBf16, level};
+use evalfw_kernels::level::{Factors, level};
 use evalfw_kernels::memory::keep_freed_memory;
 
 pub struct BurnEngine {
@@ -72,7 +72,7 @@ impl Engine for BurnEngine {
             framework_version: env!("BURN_VERSION").into(),
             device: self.device.info.clone(),
             adapters: self.device.adapters.clone(),
-            compute_dtype: InBf16::compute_dtype(self.device.products).into(),
+            compute_dtype: Factors::compute_dtype(self.device.products).into(),
             features: features(self.device.kind, self.variant, self.tuner.is_some()),
             quantizations: match self.variant {
                 Variant::Stock => stock::quantizations(),

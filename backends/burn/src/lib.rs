@@ -56,7 +56,7 @@ pub use tune::{Autotune, When};
 
 use evalfw_engine::{Engine, Error, Result};
 use evalfw_kernels::Products;
-use evalfw_kernels::level::InBf16;
+use evalfw_kernels::level::Factors;
 use std::path::PathBuf;
 
 /// Where burn computes.
@@ -73,7 +73,7 @@ pub enum BurnDevice {
 pub enum Variant {
     /// With kernels of ours for the frozen matrices.
     Tuned,
-    /// The same with the factors of these products in bf16, or what [`InBf16`] says; sums and everything else stay in
+    /// The same with the factors of these products in bf16, or what [`Factors`] says; sums and everything else stay in
     /// f32. On the CPU only.
     TunedBf16,
     /// Nothing but what Burn ships: its modules, its 4-bit format, its LoRA, its gradient checkpointing.
@@ -96,7 +96,7 @@ pub fn open(device: BurnDevice, variant: Variant, preparation: &Preparation) -> 
     let products = match (variant, device) {
         (Variant::Tuned | Variant::Stock, _) => Products::F32,
         (Variant::TunedBf16, BurnDevice::Flex) => {
-            InBf16::on_cpu().map_err(|reason| unavailable(device, reason))?;
+            Factors::can_be_rounded().map_err(|reason| unavailable(device, reason))?;
             Products::Bf16
         }
         (Variant::TunedBf16, BurnDevice::Wgpu) => {

@@ -13,7 +13,7 @@ use evalfw_engine::protocol::{DeviceLimits, EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::{DenseTensor, Weight, WeightLoader};
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
-use evalfw_kernels::level::InBf16;
+use evalfw_kernels::level::Factors;
 use evalfw_kernels::memory::keep_freed_memory;
 use std::sync::Arc;
 use std::time::Instant;
@@ -88,7 +88,7 @@ impl Engine for CandleEngine {
 
 fn compute_dtype(kind: CandleDevice, products: Products) -> &'static str {
     match (products, kind) {
-        (products, CandleDevice::Cpu) => InBf16::compute_dtype(products),
+        (products, CandleDevice::Cpu) => Factors::compute_dtype(products),
         (Products::F32, _) => "f32",
         (Products::Bf16, _) => "bf16 products",
     }

@@ -29,7 +29,7 @@ mod values;
 
 use evalfw_engine::{Engine, Error, Result};
 use evalfw_kernels::Products;
-use evalfw_kernels::level::InBf16;
+use evalfw_kernels::level::Factors;
 
 /// Where candle computes. CUDA and Metal need the cargo feature of their name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -54,7 +54,7 @@ impl CandleDevice {
 pub enum Variant {
     /// Kernels of our own, in f32.
     Tuned,
-    /// The same with the factors of matrix products in bf16, or on a CPU what [`InBf16`] says; sums and everything else
+    /// The same with the factors of matrix products in bf16, or on a CPU what [`Factors`] says; sums and everything else
     /// stay in f32.
     TunedBf16,
     /// Nothing but what candle ships: it decodes a matrix, multiplies, and leaves the gradients to its autograd.
@@ -89,7 +89,7 @@ pub fn open(device: CandleDevice, variant: Variant) -> Result<Box<dyn Engine>> {
 
 fn check_bf16(device: CandleDevice) -> Result<()> {
     let found = match device {
-        CandleDevice::Cpu => InBf16::on_cpu().map(|_| ()),
+        CandleDevice::Cpu => Factors::can_be_rounded(),
         CandleDevice::Metal => Err("products of bf16 with sums in f32 are not there on Metal"),
         CandleDevice::Cuda => Ok(()),
     };

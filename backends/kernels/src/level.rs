@@ -81,51 +81,92 @@ pub fn bf16_products_pay() -> bool {
     has_bf16_products() && !is_intel()
 }
 
-/// What [`Products::Bf16`] stands for on a CPU. In both, an engine keeps in bf16 what the
-/// backward pass needs of the forward pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum InBf16 {
-    /// The factors of all products are rounded.
-    Products,
-    /// For want of an instruction, products stay in f32, but for those of NF4 and one row where
-    /// [`rows_in_16_bits`] says so.
-    Kept,
+/// Whether the CPU multiplies pairs of 16-bit integers and sums them in 32 bits, in one instruction or two, and the
+/// level allows it.
+pub fn has_int16_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return match level() {
+        Level::Avx512 => is_x86_feature_detected!("avx512vnni"),
+        level => level == Level::Avx2,
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
-impl InBf16 {
-    /// What this CPU makes of it; where nothing that is faster than f32, why.
-    pub fn on_cpu() -> Result<Self, &'static str> {
-        if bf16_products_pay() {
-            Ok(Self::Products)
-        } else if has_bf16_products() {
-            Err("this CPU multiplies bf16 more slowly than f32")
-        } else if level() >= Level::Avx2 {
-            Ok(Self::Kept)
-        } else {
-            Err("this CPU has no instruction for products of bf16 (AVX512_BF16), nor AVX2")
+/// Whether products of integers are also faster than those of f32. AMD's CPUs before Zen 3 do as many of either in the
+/// same time.
+fn int16_products_pay() -> bool {
+    has_int16_products() && !is_amd_before_zen_3()
+}
+
+/// The type of the factors of a product of many rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Factors {
+    F32,
+    Bf16,
+    /// Integers of 16 bits, with a scale for each group: nearer than bf16 to what they stand for.
+    Int16,
+}
+
+impl Factors {
+    /// What this CPU makes of it: for [`Products::Bf16`] the fastest type that rounds by no more.
+    pub fn of(products: Products) -> Self {
+        match products {
+            Products::F32 => Self::F32,
+            Products::Bf16 if bf16_products_pay() => Self::Bf16,
+            Products::Bf16 if int16_products_pay() => Self::Int16,
+            Products::Bf16 => Self::F32,
         }
     }
 
-    /// As an engine on the CPU states it that multiplies in this type.
+    /// Whether there is a variant for [`Products::Bf16`] on this CPU: if not, why.
+    pub fn can_be_rounded() -> Result<(), &'static str> {
+        if level() < Level::Avx2 {
+            return Err("this CPU has no instruction for products of bf16 (AVX512_BF16), nor AVX2");
+        }
+        Ok(())
+    }
+
+    /// As an engine on the CPU states it that multiplies in this type. With [`Products::Bf16`] it keeps in bf16 what
+    /// the backward pass needs of the forward pass, whatever the factors are.
     pub fn compute_dtype(products: Products) -> &'static str {
-        match (products, Self::on_cpu()) {
+        match (products, Self::of(products)) {
             (Products::F32, _) => "f32",
-            (Products::Bf16, Ok(Self::Kept)) => "f32, kept in bf16",
-            (Products::Bf16, _) => "bf16 products",
+            (Products::Bf16, Self::F32) => "f32, kept in bf16",
+            (Products::Bf16, Self::Int16) => "int16 products",
+            (Products::Bf16, Self::Bf16) => "bf16 products",
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-fn is_intel() -> bool {
-    let vendor = std::arch::x86_64::__cpuid(0);
-    let letters = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
-    letters.as_flattened() == b"GenuineIntel"
+fn vendor() -> [u8; 12] {
+    let id = std::arch::x86_64::__cpuid(0);
+    let mut letters = [0; 12];
+    letters.copy_from_slice([id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).as_flattened());
+    letters
 }
 
-#[cfg(not(target_arch = "x86_64"))]
 fn is_intel() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return &vendor() == b"GenuineIntel";
+    #[cfg(not(target_arch = "x86_64"))]
     false
+}
+
+/// Or of a maker who took over the first Zen.
+fn is_amd_before_zen_3() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return [b"AuthenticAMD", b"HygonGenuine"].contains(&&vendor()) && family() < 0x19;
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+#[cfg(target_arch = "x86_64")]
+fn family() -> u32 {
+    let version = std::arch::x86_64::__cpuid(1).eax;
+    let (base, extended) = (version >> 8 & 0xf, version >> 20 & 0xff);
+    if base == 0xf { base + extended } else { base }
 }
 
 /// Defines a function twice, the second time compiled for AVX2 and FMA, and calls the better one that the

@@ -2,7 +2,6 @@
 
 use crate::argmax::Screen;
 use crate::elementwise::widen_bf16;
-use crate::level::{has_bf16_products, rows_in_16_bits};
 use crate::{nf4, product, vector};
 use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
 use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
@@ -48,7 +47,7 @@ impl LowRank {
 pub enum Products {
     #[default]
     F32,
-    /// Where the CPU has an instruction for it; else f32, but for what [`InBf16`](crate::level::InBf16) says.
+    /// Or what rounds by no more and is faster on this CPU: [`Factors`](crate::level::Factors).
     Bf16,
 }
 
@@ -72,7 +71,6 @@ impl HostMatrix {
                 (tensor.shape, elements)
             }
         };
-        let products = if has_bf16_products() || rows_in_16_bits() { products } else { Products::F32 };
         Self { shape, elements, products, screen: OnceLock::new() }
     }
 

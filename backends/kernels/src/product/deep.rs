@@ -1,6 +1,7 @@
 //! `y · W` for a matrix with many more rows than columns, as of a gradient through the head. Tasks own parts of
 //! the depth instead of columns: activations and weights are read once, in the order in which they are stored.
 
+use super::lane::Lane;
 use super::strip::Kernel;
 use super::{BLOCK, COLUMNS, Destination, HostMatrix, Panels, Scratch, multiply_tile, tiles};
 use rayon::prelude::*;
@@ -25,8 +26,7 @@ pub fn transposed_product<K: Kernel>(matrix: &HostMatrix, y: &[f32]) -> Vec<f32>
     // Along a row NF4 is widened in whole blocks.
     const { assert!(COLUMNS.is_multiple_of(BLOCK)) };
     let size = rows.div_ceil(K::LANES) * COLUMNS * K::LANES;
-    // A lane may hold two depths.
-    let part = depth.div_ceil(PARTS).next_multiple_of(2);
+    let part = depth.div_ceil(PARTS).next_multiple_of(K::Lane::DEPTHS);
     let parts: Vec<_> = (0..depth)
         .into_par_iter()
         .step_by(part)

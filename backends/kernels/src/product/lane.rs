@@ -1,15 +1,28 @@
 //! What a lane of a panel or a tile holds.
 
+use super::tile::{self, Wanted, Weights};
 use half::bf16;
 
-/// One f32, or the bf16 of two neighbouring depths.
+/// One f32, or the bf16 of two neighbouring depths, or [integers](super::int16).
 pub trait Lane: Copy + Default + Send + Sync + 'static {
-    /// Depths in a lane.
+    /// Depths of a group, which lies in [`GROUP`](Self::GROUP) lanes; nothing goes across groups.
     const DEPTHS: usize;
+    const GROUP: usize = 1;
+
+    /// The lanes of so many depths from the beginning of a group.
+    fn lanes_of(depths: usize) -> usize {
+        depths.div_ceil(Self::DEPTHS)
+    }
 
     /// Joins values that lie along the depth. What is missing in the last lane is zero.
     fn join_along(values: &[f32], lanes: &mut [Self]);
 
+    /// Fills a tile with weights.
+    fn fill<const TRANSPOSED: bool>(wanted: Wanted<'_>, tile: &mut [Self], weights: &mut Weights);
+}
+
+/// Lanes of which each stands for itself.
+pub trait Joined: Lane {
     /// Joins the values of neighbouring depths; `second` may be missing, and is zero then.
     fn join(first: &[f32], second: Option<&[f32]>, lanes: &mut [Self]);
 
@@ -34,6 +47,12 @@ impl Lane for f32 {
         lanes.copy_from_slice(values);
     }
 
+    fn fill<const TRANSPOSED: bool>(wanted: Wanted<'_>, tile: &mut [Self], weights: &mut Weights) {
+        tile::widen::<Self, TRANSPOSED>(wanted, tile, weights);
+    }
+}
+
+impl Joined for f32 {
     fn join(first: &[f32], _: Option<&[f32]>, lanes: &mut [Self]) {
         lanes.copy_from_slice(first);
     }
@@ -63,7 +82,6 @@ impl Pair {
 #[cfg(target_arch = "x86_64")]
 impl Lane for Pair {
     const DEPTHS: usize = 2;
-    const OF_BF16: bool = true;
 
     fn join_along(values: &[f32], lanes: &mut [Self]) {
         assert_eq!(lanes.len(), values.len().div_ceil(2));
@@ -74,6 +92,15 @@ impl Lane for Pair {
             *lane = Self::new(pair[0], pair.get(1).copied().unwrap_or(0.0));
         }
     }
+
+    fn fill<const TRANSPOSED: bool>(wanted: Wanted<'_>, tile: &mut [Self], weights: &mut Weights) {
+        tile::widen::<Self, TRANSPOSED>(wanted, tile, weights);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Joined for Pair {
+    const OF_BF16: bool = true;
 
     fn copy_along(values: &[bf16], lanes: &mut [Self]) {
         let (pairs, rest) = values.as_chunks::<2>();

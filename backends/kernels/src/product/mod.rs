@@ -8,20 +8,23 @@
 //! there is one barrier.
 
 mod deep;
+#[cfg(target_arch = "x86_64")]
+mod int16;
 mod lane;
 mod pack;
 mod strip;
+mod tile;
 
-use crate::level::{Level, level};
-use crate::matrix::{HostMatrix, LowRank, Products};
+use crate::level::{Factors, Level, level};
+use crate::matrix::{HostMatrix, LowRank};
 #[cfg(target_arch = "x86_64")]
 use crate::transpose::Squares;
 use evalfw_engine::nf4::BLOCK;
-use half::bf16;
 use lane::Lane;
 use rayon::prelude::*;
 use std::ops::Range;
 use strip::{Kernel, Portable};
+use tile::{Wanted, Weights};
 
 /// Depth of a tile, in lanes.
 const DEPTH: usize = 512;
@@ -31,21 +34,28 @@ const COLUMNS: usize = 192;
 /// the same sets of the cache.
 const COLUMN_STRIDE: usize = DEPTH + 16;
 
-/// Rows of a dense matrix by which a strided read is fetched ahead: the CPU does not see where it goes.
-const AHEAD: usize = 16;
-
 /// Evaluates an expression with the kernel for this CPU and the matrix's type of products.
 macro_rules! for_products {
     ($matrix:expr, $kernel:ident => $body:expr) => {
-        match (level(), $matrix.products) {
+        match (level(), Factors::of($matrix.products)) {
             #[cfg(target_arch = "x86_64")]
-            (Level::Avx512, Products::Bf16) => {
+            (Level::Avx512, Factors::Bf16) => {
                 type $kernel = strip::Avx512Bf16;
                 $body
             }
             #[cfg(target_arch = "x86_64")]
-            (Level::Avx512, Products::F32) => {
+            (Level::Avx512, Factors::Int16) => {
+                type $kernel = int16::Avx512;
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Level::Avx512, Factors::F32) => {
                 type $kernel = strip::Avx512;
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Level::Avx2, Factors::Int16) => {
+                type $kernel = int16::Avx2;
                 $body
             }
             #[cfg(target_arch = "x86_64")]
@@ -143,11 +153,10 @@ impl<L: Lane> Panels<L> {
         Self { lanes, rows: x.len() / depth, depth: part }
     }
 
-    /// Part of the depth of one panel; it begins at a whole lane.
+    /// Part of the depth of one panel; it begins with a group.
     fn part<K: Kernel<Lane = L>>(&self, panel: usize, depth: &Range<usize>) -> &[L] {
-        let start =
-            panel * self.depth.len().div_ceil(L::DEPTHS) + (depth.start - self.depth.start) / L::DEPTHS;
-        &self.lanes[start * K::LANES..][..depth.len().div_ceil(L::DEPTHS) * K::LANES]
+        let start = panel * L::lanes_of(self.depth.len()) + L::lanes_of(depth.start - self.depth.start);
+        &self.lanes[start * K::LANES..][..L::lanes_of(depth.len()) * K::LANES]
     }
 }
 
@@ -195,7 +204,7 @@ fn multiply<K: Kernel, const TRANSPOSED: bool>(
 
 /// A depth in tiles.
 fn tiles<K: Kernel>(depth: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let size = DEPTH * K::Lane::DEPTHS;
+    let size = DEPTH / K::Lane::GROUP * K::Lane::DEPTHS;
     depth.clone().step_by(size).map(move |first| first..depth.end.min(first + size))
 }
 
@@ -237,9 +246,7 @@ fn columns_of_a_task(width: usize, unit: usize, least: usize) -> usize {
 struct Scratch<L> {
     tile: Vec<L>,
     sums: Vec<f32>,
-    /// Weights of two depths, or of one column.
-    wide: [Vec<f32>; 2],
-    in_bf16: [Vec<bf16>; 2],
+    weights: Weights,
 }
 
 impl<L: Lane> Scratch<L> {
@@ -248,7 +255,6 @@ impl<L: Lane> Scratch<L> {
         self.sums.resize(sums, 0.0);
     }
 
-    /// Fills the tile: along the depth for each column, or transposed along the columns for each depth.
     fn widen<const TRANSPOSED: bool>(
         &mut self,
         matrix: &HostMatrix,
@@ -256,48 +262,7 @@ impl<L: Lane> Scratch<L> {
         depth: Range<usize>,
     ) {
         self.tile.resize(COLUMNS * COLUMN_STRIDE, L::default());
-        let in_features = matrix.shape()[1];
-        let [first, second] = &mut self.wide;
-        let [first_bf16, second_bf16] = &mut self.in_bf16;
-        if TRANSPOSED {
-            let widen = |row: usize, wide: &mut Vec<f32>| {
-                wide.resize(columns.len(), 0.0);
-                matrix.widen(row * in_features + columns.start, wide);
-            };
-            for (row, lanes) in depth.clone().step_by(L::DEPTHS).zip(self.tile.chunks_mut(COLUMNS)) {
-                matrix.prefetch_stored((row + AHEAD) * in_features + columns.start, columns.len());
-                matrix.prefetch_stored((row + AHEAD + 1) * in_features + columns.start, columns.len());
-                if L::OF_BF16
-                    && row + 1 < depth.end
-                    && let Some(first) =
-                        matrix.in_bf16(row * in_features + columns.start, columns.len(), first_bf16)
-                    && let Some(second) =
-                        matrix.in_bf16((row + 1) * in_features + columns.start, columns.len(), second_bf16)
-                {
-                    L::join_bf16(first, second, &mut lanes[..columns.len()]);
-                    continue;
-                }
-                widen(row, first);
-                let has_second = L::DEPTHS == 2 && row + 1 < depth.end;
-                if has_second {
-                    widen(row + 1, second);
-                }
-                L::join(first, has_second.then_some(second), &mut lanes[..columns.len()]);
-            }
-        } else {
-            first.resize(depth.len(), 0.0);
-            for (row, lanes) in columns.zip(self.tile.chunks_mut(COLUMN_STRIDE)) {
-                let start = row * in_features + depth.start;
-                if L::OF_BF16
-                    && let Some(values) = matrix.in_bf16(start, depth.len(), first_bf16)
-                {
-                    L::copy_along(values, lanes);
-                    continue;
-                }
-                matrix.widen(start, first);
-                L::join_along(first, &mut lanes[..depth.len().div_ceil(L::DEPTHS)]);
-            }
-        }
+        L::fill::<TRANSPOSED>(Wanted { matrix, columns, depth }, &mut self.tile, &mut self.weights);
     }
 }
 
@@ -368,9 +333,11 @@ struct Turned {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::level::has_bf16_products;
+    use crate::Products;
+    use crate::level::{has_bf16_products, has_int16_products};
     use evalfw_engine::nf4::Nf4Tensor;
     use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
+    use half::bf16;
     use proptest::prelude::*;
 
     fn values(len: usize, frequency: f32) -> Vec<f32> {
@@ -435,6 +402,9 @@ mod tests {
     /// For each product, on average; all factors are below 1, and a product of bf16 is off by 2⁻⁸ at most.
     const F32: f64 = 1e-5;
     const BF16: f64 = 1.0 / 128.0;
+    /// Half a unit is 1.6e-4 for activations of this size and 3e-5 for weights; the largest of thousands of errors is
+    /// some deviations off.
+    const INT16: f64 = 5e-4;
 
     fn check_all(shape: [usize; 2], rows: usize) {
         check::<Portable>(shape, rows, F32);
@@ -450,6 +420,12 @@ mod tests {
             }
             if has_bf16_products() {
                 check::<strip::Avx512Bf16>(shape, rows, BF16);
+            }
+            if Level::Avx2.is_there() {
+                check::<int16::Avx2>(shape, rows, INT16);
+            }
+            if level() == Level::Avx512 && has_int16_products() {
+                check::<int16::Avx512>(shape, rows, INT16);
             }
         }
     }

@@ -9,22 +9,23 @@ use std::ops::Range;
 
 /// Lanes of the depth that a thread turns over at a time: whole cache lines on both sides.
 const SQUARE: usize = 16;
-/// Lanes of the depth of one task: the rows and what becomes of them stay in the cache.
+/// Lanes of the depth of one task, at most: the rows and what becomes of them stay in the cache.
 const PIECE: usize = 16 * SQUARE;
 
 /// A part of the depth of row-major `x` `[rows, depth]` as `[panels, part, lanes]`; rows that are missing in the
 /// last panel are zero, as is what is missing in the last lane of the part.
 pub fn panels<L: Lane>(x: &[f32], depth: usize, part: Range<usize>, lanes: usize) -> Vec<L> {
     let rows = x.len() / depth;
-    let panel_size = lanes * part.len().div_ceil(L::DEPTHS);
+    let panel_size = lanes * L::lanes_of(part.len());
+    let groups = PIECE / L::GROUP;
     filled(rows.div_ceil(lanes) * panel_size, panel_size.max(1), |start, panel| {
         let x = &x[start / panel_size * lanes * depth..];
         let x = &x[..x.len().min(lanes * depth)];
-        let pieces = panel.par_chunks_mut(lanes * PIECE).enumerate();
+        let pieces = panel.par_chunks_mut(lanes * groups * L::GROUP).enumerate();
         pieces.for_each_init(Vec::new, |scratch, (i, piece)| {
             let width = piece.len() / lanes;
-            let first = part.start + i * PIECE * L::DEPTHS;
-            let last = part.end.min(first + width * L::DEPTHS);
+            let first = part.start + i * groups * L::DEPTHS;
+            let last = part.end.min(first + groups * L::DEPTHS);
             scratch.resize(lanes * width, L::default());
             for (row, x) in scratch.chunks_mut(width).zip(x.chunks(depth)) {
                 L::join_along(&x[first..last], row);

@@ -72,14 +72,15 @@ unsafe fn strip<V: Vector, const VECTORS: usize, const N: usize, const TRANSPOSE
     }
 }
 
-/// Implements [`Kernel`] with a register and how many of them make a panel and a strip.
+/// Implements [`Kernel`] with a function for a register of a type of lanes, and how many of them make a panel and a
+/// strip.
 macro_rules! kernel {
-    ($(#[$doc:meta])* $name:ident, $vector:ty, $lanes:literal = $vectors:literal registers, strips of $($n:literal)+ $(, $features:literal)?) => {
+    ($(#[$doc:meta])* $name:ident, $strip:ident::<$vector:ty> of $lane:ty, $lanes:literal = $vectors:literal registers, strips of $($n:literal)+ $(, $features:literal)?) => {
         $(#[$doc])*
         pub struct $name;
 
         impl Kernel for $name {
-            type Lane = <$vector as Vector>::Lane;
+            type Lane = $lane;
             const LANES: usize = $lanes;
             const COLUMNS: usize = {
                 let mut largest = 0;
@@ -90,13 +91,13 @@ macro_rules! kernel {
             fn multiply<const TRANSPOSED: bool>(panel: &[Self::Lane], weights: &[Self::Lane], sums: &mut [f32]) {
                 $(#[target_feature(enable = $features)])?
                 unsafe fn run<const N: usize, const TRANSPOSED: bool>(
-                    panel: &[<$vector as Vector>::Lane],
-                    weights: &[<$vector as Vector>::Lane],
+                    panel: &[$lane],
+                    weights: &[$lane],
                     sums: &mut [f32],
                 ) {
-                    const { assert!($lanes == $vectors * <$vector as Vector>::WIDTH) };
+                    const { assert!($lanes * size_of::<f32>() == $vectors * size_of::<$vector>()) };
                     // SAFETY: the caller sees to the instructions; the rest is checked inside.
-                    unsafe { strip::<$vector, $vectors, N, TRANSPOSED>(panel, weights, sums) }
+                    unsafe { $strip::<$vector, $vectors, N, TRANSPOSED>(panel, weights, sums) }
                 }
                 // SAFETY: a kernel is used only where its level has been found.
                 unsafe {
@@ -109,10 +110,12 @@ macro_rules! kernel {
         }
     };
 }
+#[cfg(target_arch = "x86_64")]
+pub(super) use kernel;
 
 kernel! {
     /// For every CPU; the compiler makes of it what it can.
-    Portable, [f32; 8], 8 = 1 registers, strips of 1 2 3 4
+    Portable, strip::<[f32; 8]> of f32, 8 = 1 registers, strips of 1 2 3 4
 }
 
 impl Vector for [f32; 8] {
@@ -160,17 +163,17 @@ mod x86 {
 
     kernel! {
         /// 24 of 32 registers hold sums.
-        Avx512, __m512, 32 = 2 registers, strips of 1 2 3 4 5 6 7 8 9 10 11 12, "avx512f,avx512bw,avx512dq,avx512vl"
+        Avx512, strip::<__m512> of f32, 32 = 2 registers, strips of 1 2 3 4 5 6 7 8 9 10 11 12, "avx512f,avx512bw,avx512dq,avx512vl"
     }
 
     kernel! {
         /// 12 of 16 registers hold sums.
-        Avx2, __m256, 16 = 2 registers, strips of 1 2 3 4 5 6, "avx2,fma"
+        Avx2, strip::<__m256> of f32, 16 = 2 registers, strips of 1 2 3 4 5 6, "avx2,fma"
     }
 
     kernel! {
         /// Products of bf16, two to a lane, summed in f32: twice the work of an instruction in f32.
-        Avx512Bf16, PairSums, 32 = 2 registers, strips of 1 2 3 4 5 6 7 8 9 10 11 12, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
+        Avx512Bf16, strip::<PairSums> of Pair, 32 = 2 registers, strips of 1 2 3 4 5 6 7 8 9 10 11 12, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
     }
 
     /// Sums of products of pairs.
@@ -288,7 +291,7 @@ mod arm {
 
     kernel! {
         /// 24 of 32 registers hold sums.
-        Neon, float32x4_t, 16 = 4 registers, strips of 1 2 3 4 5 6, "neon"
+        Neon, strip::<float32x4_t> of f32, 16 = 4 registers, strips of 1 2 3 4 5 6, "neon"
     }
 
     impl Vector for float32x4_t {

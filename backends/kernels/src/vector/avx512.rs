@@ -1,7 +1,7 @@
 //! With AVX-512.
 
-use crate::level::{Level, level};
-use crate::matrix::{Elements, HostMatrix, Products};
+use crate::level::{Factors as Rounded, Level, level};
+use crate::matrix::{Elements, HostMatrix};
 use crate::nf4::avx512::absmax;
 use crate::transpose::{SIDE, transpose};
 use evalfw_engine::nf4::{BLOCK, LEVELS, Nf4Tensor};
@@ -214,11 +214,12 @@ impl Chunks {
         if level() != Level::Avx512 || !rest.is_empty() {
             return None;
         }
-        // SAFETY: the CPU has the instructions: of f32 with the level, and of bf16 as a matrix has such products
-        // only then.
-        Some(match nf4.products {
-            Products::Bf16 => Self::Pairs(chunks.iter().map(|x| unsafe { Pairs::chunk(x) }).collect()),
-            Products::F32 => Self::Single(chunks.iter().map(|x| unsafe { Single::chunk(x) }).collect()),
+        // SAFETY: the CPU has the instructions: of f32 with the level, and of bf16 where factors are of that type.
+        Some(match Rounded::of(nf4.products) {
+            Rounded::Bf16 => Self::Pairs(chunks.iter().map(|x| unsafe { Pairs::chunk(x) }).collect()),
+            Rounded::F32 | Rounded::Int16 => {
+                Self::Single(chunks.iter().map(|x| unsafe { Single::chunk(x) }).collect())
+            }
         })
     }
 
@@ -228,9 +229,11 @@ impl Chunks {
         let rows = Rows { tensor, first };
         // SAFETY: whoever made the chunks has seen that the CPU has their instructions.
         SCALES.with_borrow_mut(|scales| unsafe {
-            match (self, matrix.products) {
-                (Self::Pairs(chunks), Products::Bf16) => Pairs::add_rows(rows, chunks, scales, out),
-                (Self::Single(chunks), Products::F32) => Single::add_rows(rows, chunks, scales, out),
+            match (self, Rounded::of(matrix.products)) {
+                (Self::Pairs(chunks), Rounded::Bf16) => Pairs::add_rows(rows, chunks, scales, out),
+                (Self::Single(chunks), Rounded::F32 | Rounded::Int16) => {
+                    Single::add_rows(rows, chunks, scales, out)
+                }
                 _ => return false,
             }
             true
