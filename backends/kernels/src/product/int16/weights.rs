@@ -18,13 +18,15 @@ pub fn along(wanted: &Wanted<'_>, tile: &mut [Int16], weights: &mut Weights) {
     let in_features = matrix.shape()[1];
     let wide = &mut weights.wide[0];
     wide.resize(depth.len(), 0.0);
+    // SAFETY: lanes of integers are used only where the CPU has the instructions.
+    let tables = unsafe { tables() };
     for (row, lanes) in columns.clone().zip(tile.chunks_mut(COLUMN_STRIDE)) {
         let start = row * in_features + depth.start;
         match &matrix.elements {
             Elements::Nf4(tensor) if start.is_multiple_of(BLOCK) && depth.len().is_multiple_of(BLOCK) => {
                 let blocks = depth.len() / BLOCK;
-                // SAFETY: lanes of integers are used only where the CPU has the instructions.
-                unsafe { blocks_along(tensor, start / BLOCK, &mut wide[..blocks], lanes) };
+                // SAFETY: as above.
+                unsafe { blocks_along(tensor, start / BLOCK, &tables, &mut wide[..blocks], lanes) };
             }
             _ => {
                 matrix.widen(start, wide);
@@ -36,13 +38,18 @@ pub fn along(wanted: &Wanted<'_>, tile: &mut [Int16], weights: &mut Weights) {
 
 /// Blocks of NF4, whose units are those of their groups; `scales` is memory for each of them.
 #[target_feature(enable = "avx2,fma")]
-fn blocks_along(tensor: &Nf4Tensor, first: usize, scales: &mut [f32], lanes: &mut [Int16]) {
+fn blocks_along(
+    tensor: &Nf4Tensor,
+    first: usize,
+    tables: &[__m256i; 2],
+    scales: &mut [f32],
+    lanes: &mut [Int16],
+) {
     absmax(&tensor.scales, first, scales);
-    let tables = tables();
     let codes = tensor.codes[first * BYTES..].as_chunks::<BYTES>().0;
     for ((codes, &mut scale), lanes) in codes.iter().zip(scales).zip(lanes.as_chunks_mut::<LANES>().0) {
         let to = lanes.as_mut_ptr();
-        for (i, levels) in levels(codes, &tables).into_iter().enumerate() {
+        for (i, levels) in levels(codes, tables).into_iter().enumerate() {
             // SAFETY: eight words are four lanes: of 32 the fourths from 4 · i and from 16 further on.
             unsafe {
                 _mm_storeu_si128(to.add(4 * i).cast(), _mm256_castsi256_si128(levels));
@@ -94,7 +101,13 @@ fn group_of_blocks(wanted: &Wanted<'_>, tensor: &Nf4Tensor, tile: &mut [Int16], 
             }
             let codes = &tensor.codes[(start(depth) + block) * BYTES..].as_chunks::<BYTES>().0[0];
             let scale = _mm256_set1_epi16((scales[depth * blocks + block] * by).round_ties_even() as i16);
-            levels(codes, &tables).map(|levels| _mm256_mulhrs_epi16(levels, scale))
+            let [a, b, c, d] = levels(codes, &tables);
+            [
+                _mm256_mulhrs_epi16(a, scale),
+                _mm256_mulhrs_epi16(b, scale),
+                _mm256_mulhrs_epi16(c, scale),
+                _mm256_mulhrs_epi16(d, scale),
+            ]
         };
         for (pair, lanes) in pairs.chunks_mut(COLUMNS).enumerate() {
             let (first, second) = (multiples(2 * pair), multiples(2 * pair + 1));
@@ -155,8 +168,14 @@ fn tables() -> [__m256i; 2] {
 fn levels(codes: &[u8; BYTES], tables: &[__m256i; 2]) -> [__m256i; 4] {
     // SAFETY: 32 bytes are read.
     let [second, first] = nibbles(unsafe { _mm256_loadu_si256(codes.as_ptr().cast()) });
-    let [low, high] = [_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)]
-        .map(|codes| tables.map(|table| _mm256_shuffle_epi8(table, codes)))
-        .map(|[a, b]| [_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)]);
-    [low[0], low[1], high[0], high[1]]
+    let (low, high) = (_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second));
+    // Without closures: those that `map` calls are not compiled for the instructions.
+    let (a, b) = (_mm256_shuffle_epi8(tables[0], low), _mm256_shuffle_epi8(tables[1], low));
+    let (c, d) = (_mm256_shuffle_epi8(tables[0], high), _mm256_shuffle_epi8(tables[1], high));
+    [
+        _mm256_unpacklo_epi8(a, b),
+        _mm256_unpackhi_epi8(a, b),
+        _mm256_unpacklo_epi8(c, d),
+        _mm256_unpackhi_epi8(c, d),
+    ]
 }
