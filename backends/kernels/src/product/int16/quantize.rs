@@ -51,7 +51,7 @@ pub fn along(values: &[f32], range: Range, lanes: &mut [Int16]) {
 
 #[target_feature(enable = "avx2,fma")]
 fn group(values: &[f32; GROUP], range: Range, lanes: &mut [Int16; LANES]) {
-    // SAFETY: the type has no other bits than these.
+    // SAFETY: eight values are read.
     let load = |values: &[f32; 8]| unsafe { _mm256_loadu_ps(values.as_ptr()) };
     let sign = _mm256_set1_ps(-0.0);
     let (mut largest, mut sum) = (_mm256_setzero_si256(), _mm256_setzero_ps());
@@ -62,8 +62,9 @@ fn group(values: &[f32; GROUP], range: Range, lanes: &mut [Int16; LANES]) {
         sum = _mm256_add_ps(sum, sizes);
     }
     // SAFETY: both have eight elements of 32 bits.
-    let (largest, sum): ([u32; 8], [f32; 8]) =
-        unsafe { (std::mem::transmute(largest), std::mem::transmute(sum)) };
+    let (largest, sum) = unsafe {
+        (std::mem::transmute::<__m256i, [u32; 8]>(largest), std::mem::transmute::<__m256, [f32; 8]>(sum))
+    };
     let largest = f32::from_bits(largest.into_iter().fold(0, u32::max));
     let unit = if largest.is_finite() { range.unit(largest, sum.iter().sum()) } else { f32::NAN };
     let by = _mm256_set1_ps(factor(unit));
