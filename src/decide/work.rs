@@ -134,10 +134,12 @@ impl Best {
     pub fn of<'a>(cells: impl Iterator<Item = &'a CellRecord>) -> Self {
         cells.filter_map(|cell| cell.limits.as_ref()).fold(Self::default(), |best, limits| {
             let device = limits.device.unwrap_or_default();
-            let flops = [limits.host.f32_flops, limits.host.bf16_flops, device.f32_flops, device.bf16_flops];
+            let host = limits.host;
+            let of_host = [host.f32_flops, host.bf16_flops, host.int16_flops];
+            let flops = of_host.into_iter().chain([device.f32_flops, device.bf16_flops]);
             let bytes = [limits.host.memory_bytes_per_second, device.memory_bytes_per_second];
             Self {
-                flops: flops.into_iter().flatten().fold(best.flops, f64::max),
+                flops: flops.flatten().fold(best.flops, f64::max),
                 bytes_per_second: bytes.into_iter().flatten().fold(best.bytes_per_second, f64::max),
             }
         })
@@ -158,17 +160,15 @@ pub fn read_limit_of(cell: &CellRecord) -> Option<f64> {
     }
 }
 
-/// Of the type in which the engine multiplies: one that does so in bf16 is held against the faster of both.
+/// Of the type in which the engine multiplies: one that does so in 16 bits is held against the faster of that and f32.
 fn matrix_limit(cell: &CellRecord, limits: &Limits) -> Option<f64> {
-    let (f32, bf16) = match &limits.device {
-        Some(device) => (device.f32_flops, device.bf16_flops),
-        None => (limits.host.f32_flops, limits.host.bf16_flops),
+    let (f32, bf16, int16) = match &limits.device {
+        Some(device) => (device.f32_flops, device.bf16_flops, None),
+        None => (limits.host.f32_flops, limits.host.bf16_flops, limits.host.int16_flops),
     };
-    let in_bf16 = cell.compute_dtype.as_deref().is_some_and(|dtype| dtype.contains("bf16"));
-    match (f32, bf16) {
-        (Some(f32), Some(bf16)) if in_bf16 => Some(f32.max(bf16)),
-        (f32, _) => f32,
-    }
+    let multiplies_in = |name| cell.compute_dtype.as_deref().is_some_and(|dtype| dtype.contains(name));
+    let in_16_bits = [bf16.filter(|_| multiplies_in("bf16")), int16.filter(|_| multiplies_in("int16"))];
+    f32.map(|f32| in_16_bits.into_iter().flatten().fold(f32, f64::max))
 }
 
 #[cfg(test)]

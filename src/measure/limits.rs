@@ -6,7 +6,7 @@
 use anyhow::{Context, Result};
 use evalfw_engine::protocol::DeviceLimits;
 use evalfw_engine::weights::{DenseData, DenseTensor, Weight};
-use evalfw_kernels::level::bf16_products_pay;
+use evalfw_kernels::level::Factors;
 use evalfw_kernels::pages::prefer_huge_pages;
 use evalfw_kernels::{HostMatrix, Products};
 use half::bf16;
@@ -34,8 +34,11 @@ pub struct HostLimits {
     pub memory_bytes_per_second: Option<f64>,
     /// f32 operations per second of a product of large matrices, on all threads.
     pub f32_flops: Option<f64>,
-    /// The same with factors in bf16; `None` where the CPU has no such instructions, or evalfw no kernel for them.
+    /// The same with factors in bf16; `None` where the CPU has no such instructions, or no faster ones than for f32 or
+    /// integers, or evalfw no kernel for them.
     pub bf16_flops: Option<f64>,
+    /// The same with factors that are 16-bit integers, where these are the fastest that evalfw has on this CPU.
+    pub int16_flops: Option<f64>,
     /// Bytes per second that all threads read from a file that is in the page cache.
     pub page_cache_bytes_per_second: Option<f64>,
     /// The same of a file that is not; `None` where the system does not let go of it.
@@ -51,11 +54,12 @@ const ROUNDS: usize = 7;
 pub type Named = (&'static str, Option<f64>, &'static str);
 
 impl HostLimits {
-    pub fn named(&self) -> [Named; 5] {
+    pub fn named(&self) -> [Named; 6] {
         [
             ("memory, read", self.memory_bytes_per_second, "GB/s"),
             ("matrix products, f32", self.f32_flops, "GFLOP/s"),
             ("matrix products, bf16", self.bf16_flops, "GFLOP/s"),
+            ("matrix products, int16", self.int16_flops, "GFLOP/s"),
             ("file in the page cache, read", self.page_cache_bytes_per_second, "GB/s"),
             ("file on the disk, read", self.disk_bytes_per_second, "GB/s"),
         ]
@@ -64,11 +68,14 @@ impl HostLimits {
     /// Takes some seconds. The file is made in `folder`, as a file of the disk that models are on.
     pub fn measure(folder: &Path) -> Result<Self> {
         let (page_cache, disk) = file_rates(folder).with_context(|| folder.display().to_string())?;
+        let rounded =
+            |factors| (Factors::of(Products::Bf16) == factors).then(|| product_rate(Products::Bf16));
         Ok(Self {
             threads: rayon::current_num_threads(),
             memory_bytes_per_second: Some(memory_rate()),
             f32_flops: Some(gemm_rate().max(product_rate(Products::F32))),
-            bf16_flops: bf16_products_pay().then(|| product_rate(Products::Bf16)),
+            bf16_flops: rounded(Factors::Bf16),
+            int16_flops: rounded(Factors::Int16),
             page_cache_bytes_per_second: Some(page_cache),
             disk_bytes_per_second: disk,
         })
