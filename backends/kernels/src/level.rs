@@ -77,7 +77,7 @@ pub fn has_bf16_products() -> bool {
 /// Whether products of bf16 are also faster than those of f32. On AMD's CPUs the instruction does twice the work of a
 /// multiply-add in f32. On Intel's it takes longer than the two that it stands for: a product with NF4 on a Sapphire
 /// Rapids ran at half of the f32 rate.
-pub fn bf16_products_pay() -> bool {
+fn bf16_products_pay() -> bool {
     has_bf16_products() && !is_intel()
 }
 
@@ -94,7 +94,7 @@ pub fn has_int16_products() -> bool {
 }
 
 /// Whether products of integers are also faster than those of f32. AMD's CPUs before Zen 3 do as many of either in the
-/// same time.
+/// same time (instruction tables of Agner Fog, agner.org/optimize: PMADDWD and VFMADD).
 fn int16_products_pay() -> bool {
     has_int16_products() && !is_amd_before_zen_3()
 }
@@ -111,11 +111,19 @@ pub enum Factors {
 impl Factors {
     /// What this CPU makes of it: for [`Products::Bf16`] the fastest type that rounds by no more.
     pub fn of(products: Products) -> Self {
+        // Asked for every few rows of a product, and a virtual machine takes microseconds to tell which CPU it is.
+        static ROUNDED: OnceLock<Factors> = OnceLock::new();
         match products {
             Products::F32 => Self::F32,
-            Products::Bf16 if bf16_products_pay() => Self::Bf16,
-            Products::Bf16 if int16_products_pay() => Self::Int16,
-            Products::Bf16 => Self::F32,
+            Products::Bf16 => *ROUNDED.get_or_init(|| {
+                if bf16_products_pay() {
+                    Self::Bf16
+                } else if int16_products_pay() {
+                    Self::Int16
+                } else {
+                    Self::F32
+                }
+            }),
         }
     }
 
@@ -154,7 +162,7 @@ fn is_intel() -> bool {
     false
 }
 
-/// Or of a maker who took over the first Zen.
+/// Or one of the maker who took over the first Zen.
 fn is_amd_before_zen_3() -> bool {
     #[cfg(target_arch = "x86_64")]
     return [b"AuthenticAMD", b"HygonGenuine"].contains(&&vendor()) && family() < 0x19;
