@@ -51,8 +51,11 @@ fn a_slowness_that_does_not_show_again_is_no_regression() {
     let out = workspace.path("fresh");
     // So many that one process which stands still among the other tests leaves the interval where it is.
     let rounds = ["--confirm", "--rounds", "7", "--confirm-out", out.to_str().unwrap()];
-    let confirmed = compare(&rounds).code(0);
-    confirmed.stdout(contains("same: run again")).stderr(contains("running again, 7 times a side"));
+    // It is no regression, though on a machine that is not quiet one of the metrics may stay open.
+    let confirmed = compare(&rounds).code(predicates::iter::in_iter([0, 3]));
+    confirmed
+        .stdout(contains("same: run again").and(contains("worse").not()))
+        .stderr(contains("running again, 7 times a side"));
     // The fresh records stay: every figure can be looked up.
     let mut fresh: Vec<String> = std::fs::read_dir(&out)
         .unwrap()
