@@ -6,7 +6,14 @@ use evalfw::record::{CellRecord, RunLog, read};
 use predicates::prelude::PredicateBooleanExt;
 use predicates::str::contains;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use support::Workspace;
+
+/// These tests ask what is faster: none measures while another one does.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A run of the inference job in four processes.
 fn measured(workspace: &Workspace) -> PathBuf {
@@ -30,6 +37,7 @@ fn slowed(run: &Path, factor: f64, to: &Path) {
 
 #[test]
 fn a_slowness_that_does_not_show_again_is_no_regression() {
+    let _alone = alone();
     let workspace = Workspace::new();
     let base = measured(&workspace);
     let head = workspace.path("head");
@@ -51,11 +59,8 @@ fn a_slowness_that_does_not_show_again_is_no_regression() {
     let out = workspace.path("fresh");
     // So many that one process which stands still among the other tests leaves the interval where it is.
     let rounds = ["--confirm", "--rounds", "7", "--confirm-out", out.to_str().unwrap()];
-    // It is no regression, though on a machine that is not quiet one of the metrics may stay open.
-    let confirmed = compare(&rounds).code(predicates::iter::in_iter([0, 3]));
-    confirmed
-        .stdout(contains("same: run again").and(contains("worse").not()))
-        .stderr(contains("running again, 7 times a side"));
+    let confirmed = compare(&rounds).code(0);
+    confirmed.stdout(contains("same: run again")).stderr(contains("running again, 7 times a side"));
     // The fresh records stay: every figure can be looked up.
     let mut fresh: Vec<String> = std::fs::read_dir(&out)
         .unwrap()
@@ -80,6 +85,7 @@ fn a_slowness_that_does_not_show_again_is_no_regression() {
 
 #[test]
 fn what_another_machine_recorded_is_not_confirmed_here() {
+    let _alone = alone();
     let workspace = Workspace::new();
     let run = measured(&workspace);
     let [base, head] = ["base", "head"].map(|name| workspace.path(name));
@@ -103,6 +109,7 @@ fn what_another_machine_recorded_is_not_confirmed_here() {
 #[cfg(target_os = "linux")]
 #[test]
 fn an_interrupted_confirmation_leaves_no_run_behind() {
+    let _alone = alone();
     use rustix::process::{Pid, Signal, kill_process};
     let workspace = Workspace::new();
     let base = measured(&workspace);
