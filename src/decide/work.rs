@@ -137,7 +137,7 @@ impl Best {
             let host = limits.host;
             let of_host = [host.f32_flops, host.bf16_flops, host.int16_flops];
             let flops = of_host.into_iter().chain([device.f32_flops, device.bf16_flops]);
-            let bytes = [limits.host.memory_bytes_per_second, device.memory_bytes_per_second];
+            let bytes = [host.memory_bytes_per_second, device.memory_bytes_per_second];
             Self {
                 flops: flops.flatten().fold(best.flops, f64::max),
                 bytes_per_second: bytes.into_iter().flatten().fold(best.bytes_per_second, f64::max),

@@ -8,10 +8,17 @@ const RUN: usize = 64;
 
 /// One byte of each of 16 values, as bytes of a register are looked up: the same 16 in both halves.
 #[target_feature(enable = "avx2,fma")]
-pub fn table(byte: impl Fn(usize) -> u8) -> __m256i {
+fn table(byte: impl Fn(usize) -> u8) -> __m256i {
     let bytes: [u8; 16] = std::array::from_fn(byte);
     // SAFETY: 16 bytes are read.
     _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
+}
+
+/// Tables of the two bytes of each level, as a multiple of one of so many.
+#[target_feature(enable = "avx2,fma")]
+pub fn tables_of_words(one: f32) -> [__m256i; 2] {
+    let levels = LEVELS.map(|level| (level * one).round() as i16);
+    std::array::from_fn(|i| table(|code| levels[code].to_le_bytes()[i]))
 }
 
 /// The low nibbles of 32 bytes, which are the second weights of their pairs, and the high ones.

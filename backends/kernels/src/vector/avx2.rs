@@ -9,8 +9,8 @@
 //! Where factors may be rounded to bf16, which is off by 2e-3, what is left over is left out: some 3e-5.
 
 use crate::dot::avx2::sum_of_lanes;
-use crate::nf4::avx2::{absmax, nibbles, table};
-use evalfw_engine::nf4::{BLOCK, LEVELS, Nf4Tensor};
+use crate::nf4::avx2::{absmax, nibbles, tables_of_words};
+use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
@@ -103,8 +103,7 @@ impl Blocks {
         scales.resize(out.len() * width, 0.0);
         absmax(&tensor.scales, first * width, scales);
         let (codes, _) = tensor.codes[first * width * (BLOCK / 2)..].as_chunks();
-        let levels = LEVELS.map(|level| (level * ONE).round() as i16);
-        let tables: [__m256i; 2] = std::array::from_fn(|i| table(|code| levels[code].to_le_bytes()[i]));
+        let tables = tables_of_words(ONE);
         for ((out, scales), codes) in out.iter_mut().zip(scales.chunks_mut(width)).zip(codes.chunks(width)) {
             for (scale, of_x) in scales.iter_mut().zip(&self.scales) {
                 *scale *= of_x;

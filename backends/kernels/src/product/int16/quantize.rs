@@ -11,17 +11,19 @@ pub enum Range {
 }
 
 impl Range {
-    /// The unit for values with this largest size and this sum of sizes.
+    /// The unit for values with this largest size and this sum of sizes; not a number where a value is not finite.
     fn unit(self, largest: f32, sum: f32) -> f32 {
         match self {
+            _ if !largest.is_finite() => f32::NAN,
             Self::Activations => (largest / LARGEST).max(sum / ACTIVATIONS),
-            Self::Weights => unit_of_weights(largest),
+            Self::Weights => largest / WEIGHTS,
         }
     }
 }
 
+/// The sum of their sizes does not matter.
 pub fn unit_of_weights(largest: f32) -> f32 {
-    largest / WEIGHTS
+    Range::Weights.unit(largest, 0.0)
 }
 
 /// By what values are multiplied: nothing is left of those whose unit is too small to divide by, or not finite.
@@ -66,17 +68,14 @@ fn group(values: &[f32; GROUP], range: Range, lanes: &mut [Int16; LANES]) {
         (std::mem::transmute::<__m256i, [u32; 8]>(largest), std::mem::transmute::<__m256, [f32; 8]>(sum))
     };
     let largest = f32::from_bits(largest.into_iter().fold(0, u32::max));
-    let unit = if largest.is_finite() { range.unit(largest, sum.iter().sum()) } else { f32::NAN };
+    let unit = range.unit(largest, sum.iter().sum());
     let by = _mm256_set1_ps(factor(unit));
     let (pairs, last) = lanes.split_at_mut(LANES - 1);
     for (values, pairs) in values.as_chunks::<16>().0.iter().zip(pairs.as_chunks_mut::<8>().0) {
-        let [a, b] = [0, 8].map(|first| {
-            // SAFETY: there are 16 values.
-            let values = unsafe { _mm256_loadu_ps(values.as_ptr().add(first)) };
-            _mm256_cvtps_epi32(_mm256_mul_ps(values, by))
-        });
+        let integers = |values| _mm256_cvtps_epi32(_mm256_mul_ps(load(values), by));
+        let [first, second] = values.as_chunks::<8>().0 else { continue };
         // SAFETY: eight lanes are written.
-        unsafe { _mm256_storeu_si256(pairs.as_mut_ptr().cast(), words(a, b)) };
+        unsafe { _mm256_storeu_si256(pairs.as_mut_ptr().cast(), words(integers(first), integers(second))) };
     }
     last[0] = Int16::of_unit(unit);
 }

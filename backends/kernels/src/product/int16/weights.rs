@@ -3,10 +3,10 @@
 use super::quantize::{self, Range, add_sizes, factor, unit_of_weights};
 use super::{GROUP, Int16, LANES, WEIGHTS, lanes_of_group};
 use crate::matrix::Elements;
-use crate::nf4::avx2::{absmax, nibbles, table};
+use crate::nf4::avx2::{absmax, nibbles, tables_of_words};
 use crate::product::tile::{Wanted, Weights};
 use crate::product::{COLUMN_STRIDE, COLUMNS};
-use evalfw_engine::nf4::{BLOCK, LEVELS, Nf4Tensor};
+use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
 use std::arch::x86_64::*;
 
 /// Bytes of a block.
@@ -19,7 +19,7 @@ pub fn along(wanted: &Wanted<'_>, tile: &mut [Int16], weights: &mut Weights) {
     let wide = &mut weights.wide[0];
     wide.resize(depth.len(), 0.0);
     // SAFETY: lanes of integers are used only where the CPU has the instructions.
-    let tables = unsafe { tables() };
+    let tables = unsafe { tables_of_words(WEIGHTS) };
     for (row, lanes) in columns.clone().zip(tile.chunks_mut(COLUMN_STRIDE)) {
         let start = row * in_features + depth.start;
         match &matrix.elements {
@@ -50,7 +50,7 @@ fn blocks_along(
     for ((codes, &mut scale), lanes) in codes.iter().zip(scales).zip(lanes.as_chunks_mut::<LANES>().0) {
         let to = lanes.as_mut_ptr();
         for (i, levels) in levels(codes, tables).into_iter().enumerate() {
-            // SAFETY: eight words are four lanes: of 32 the fourths from 4 · i and from 16 further on.
+            // SAFETY: eight words are four lanes, those from 4 · i and those from 16 further on; there are 33.
             unsafe {
                 _mm_storeu_si128(to.add(4 * i).cast(), _mm256_castsi256_si128(levels));
                 _mm_storeu_si128(to.add(4 * i + BLOCK / 4).cast(), _mm256_extracti128_si256::<1>(levels));
@@ -87,7 +87,7 @@ fn group_of_blocks(wanted: &Wanted<'_>, tensor: &Nf4Tensor, tile: &mut [Int16], 
     for (depth, scales) in scales.chunks_mut(blocks).enumerate() {
         absmax(&tensor.scales, start(depth), scales);
     }
-    let tables = tables();
+    let tables = tables_of_words(WEIGHTS);
     let (pairs, units) = tile.split_at_mut((lanes_of_group(depths) - 1) * COLUMNS);
     for block in 0..blocks {
         let largest =
@@ -142,8 +142,7 @@ fn group_of_values(wanted: &Wanted<'_>, tile: &mut [Int16], weights: &mut Weight
     let (pairs, units) = tile.split_at_mut((lanes_of_group(depths) - 1) * COLUMNS);
     factors.resize(columns, 0.0);
     for ((factor, unit), &largest) in factors.iter_mut().zip(units).zip(&largest) {
-        let largest = f32::from_bits(largest);
-        let of_column = if largest.is_finite() { unit_of_weights(largest) } else { f32::NAN };
+        let of_column = unit_of_weights(f32::from_bits(largest));
         *factor = quantize::factor(of_column);
         *unit = Int16::of_unit(of_column);
     }
@@ -152,13 +151,6 @@ fn group_of_values(wanted: &Wanted<'_>, tile: &mut [Int16], weights: &mut Weight
         // SAFETY: as above.
         unsafe { quantize::across(first, (!second.is_empty()).then_some(second), factors, lanes) };
     }
-}
-
-/// The two bytes of each level as a multiple.
-#[target_feature(enable = "avx2,fma")]
-fn tables() -> [__m256i; 2] {
-    let levels = LEVELS.map(|level| (level * WEIGHTS).round() as i16);
-    std::array::from_fn(|i| table(|code| levels[code].to_le_bytes()[i]))
 }
 
 /// The levels of a block in the order of its weights, but for the upper half of each register, which is 32 of them
