@@ -8,7 +8,6 @@
 //!
 //! Where factors may be rounded to bf16, which is off by 2e-3, what is left over is left out: some 3e-5.
 
-use crate::dot::avx2::sum_of_lanes;
 use crate::nf4::avx2::{absmax, nibbles, tables_of_words};
 use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
 use std::arch::x86_64::*;
@@ -24,6 +23,8 @@ const STEPS: f32 = 64.0;
 const STEP: i16 = 256 / STEPS as i16;
 /// Bytes by which codes are fetched ahead: what the CPU fetches by itself stops at the end of a page.
 const AHEAD: usize = 2048;
+/// Rows whose lanes are summed together: by themselves they take as long as two blocks.
+const ROWS: usize = 4;
 /// Lanes of sums in a register.
 const LANES: usize = 8;
 /// Words in a register.
@@ -73,17 +74,22 @@ pub enum Rounding {
 }
 
 impl Blocks {
-    /// `None` where the vector does not consist of whole blocks or is not finite.
+    /// `None` where the vector does not consist of whole blocks or the sum of a block is not finite.
     ///
     /// # Safety
     /// The CPU has AVX2 and FMA.
     pub unsafe fn new(x: &[f32], rounding: Rounding) -> Option<Self> {
-        let (blocks, rest) = x.as_chunks::<BLOCK>();
-        if !rest.is_empty() || !x.iter().all(|v| v.is_finite()) {
+        let (parts, rest) = x.as_chunks::<BLOCK>();
+        if !rest.is_empty() {
             return None;
         }
-        // SAFETY: by the contract of this function.
-        let (blocks, scales) = blocks.iter().map(|x| unsafe { block(x, rounding) }).unzip();
+        let (mut blocks, mut scales) = (Vec::with_capacity(parts.len()), Vec::with_capacity(parts.len()));
+        for part in parts {
+            // SAFETY: by the contract of this function.
+            let (block, scale) = unsafe { block(part, rounding) }?;
+            blocks.push(block);
+            scales.push(scale);
+        }
         Some(Self { blocks, scales, rounding })
     }
 
@@ -100,22 +106,31 @@ impl Blocks {
     #[target_feature(enable = "avx2,fma")]
     fn add_rows_with(&self, tensor: &Nf4Tensor, first: usize, scales: &mut Vec<f32>, out: &mut [f32]) {
         let width = self.blocks.len();
-        scales.resize(out.len() * width, 0.0);
-        absmax(&tensor.scales, first * width, scales);
-        let (codes, _) = tensor.codes[first * width * (BLOCK / 2)..].as_chunks();
         let tables = tables_of_words(ONE);
-        for ((out, scales), codes) in out.iter_mut().zip(scales.chunks_mut(width)).zip(codes.chunks(width)) {
-            for (scale, of_x) in scales.iter_mut().zip(&self.scales) {
-                *scale *= of_x;
+        for (i, out) in out.chunks_mut(ROWS).enumerate() {
+            let start = (first + ROWS * i) * width;
+            scales.resize(out.len() * width, 0.0);
+            absmax(&tensor.scales, start, scales);
+            let (codes, _) = tensor.codes[start * (BLOCK / 2)..].as_chunks();
+            let mut sums = [_mm256_setzero_ps(); ROWS];
+            for ((sum, scales), codes) in
+                sums.iter_mut().zip(scales.chunks_mut(width)).zip(codes.chunks(width))
+            {
+                for (scale, of_x) in scales.iter_mut().zip(&self.scales) {
+                    *scale *= of_x;
+                }
+                *sum = match self.rounding {
+                    Rounding::WithRest => self.product::<true>(codes, scales, &tables),
+                    Rounding::ToMultiples => self.product::<false>(codes, scales, &tables),
+                };
             }
-            *out += match self.rounding {
-                Rounding::WithRest => self.product::<true>(codes, scales, &tables),
-                Rounding::ToMultiples => self.product::<false>(codes, scales, &tables),
-            };
+            for (out, sum) in out.iter_mut().zip(sums_of_lanes(sums)) {
+                *out += sum;
+            }
         }
     }
 
-    /// With one row.
+    /// With one row, in parts whose sum it is.
     #[target_feature(enable = "avx2,fma")]
     #[inline]
     fn product<const REST: bool>(
@@ -123,7 +138,7 @@ impl Blocks {
         codes: &[[u8; BLOCK / 2]],
         scales: &[f32],
         tables: &[__m256i; 2],
-    ) -> f32 {
+    ) -> __m256 {
         let mut sum = _mm256_setzero_ps();
         let step = _mm256_set1_epi16(STEP);
         for ((codes, scale), x) in codes.iter().zip(scales).zip(&self.blocks) {
@@ -159,27 +174,50 @@ impl Blocks {
             }
             sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(*scale), sum);
         }
-        sum_of_lanes(sum)
+        sum
     }
 }
 
-/// And the scale: what 1 times a level of 1 stands for.
+/// Of each register.
 #[target_feature(enable = "avx2,fma")]
-fn block(x: &[f32; BLOCK], rounding: Rounding) -> (Block, f32) {
+#[inline]
+fn sums_of_lanes(registers: [__m256; ROWS]) -> [f32; ROWS] {
+    let [a, b, c, d] = registers;
+    let halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    let sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
+    let mut out = [0.0; ROWS];
+    // SAFETY: four elements are written.
+    unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
+    out
+}
+
+/// And the scale: what 1 times a level of 1 stands for. `None` where the sum of sizes is not finite.
+// Loops: closures that the methods of arrays call are not compiled for the instructions.
+#[target_feature(enable = "avx2,fma")]
+fn block(x: &[f32; BLOCK], rounding: Rounding) -> Option<(Block, f32)> {
     let halves = in_order(x);
     let sign = _mm256_set1_ps(-0.0);
-    let sizes = halves.map(|half| half.map(|values| _mm256_andnot_ps(sign, values)));
-    let [low, high] = sizes;
-    let largest: [__m256; PARTS] = std::array::from_fn(|i| _mm256_max_ps(low[i], high[i]));
-    let largest = _mm256_max_ps(_mm256_max_ps(largest[0], largest[1]), _mm256_max_ps(largest[2], largest[3]));
+    let mut largest = _mm256_setzero_ps();
     // Neighbouring words of the registers come into one lane, and so do the four registers.
-    let sums: [__m256; PARTS] = std::array::from_fn(|i| _mm256_add_ps(low[i], high[i]));
-    let sums = _mm256_hadd_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+    let mut sums = [_mm256_setzero_ps(); PARTS];
+    for half in halves {
+        for (sum, values) in sums.iter_mut().zip(half) {
+            let sizes = _mm256_andnot_ps(sign, values);
+            largest = _mm256_max_ps(largest, sizes);
+            *sum = _mm256_add_ps(*sum, sizes);
+        }
+    }
+    let [a, b, c, d] = sums;
+    let sums = _mm256_hadd_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d));
+    let finite = _mm256_cmp_ps::<_CMP_LT_OQ>(sums, _mm256_set1_ps(f32::INFINITY));
+    if _mm256_movemask_ps(finite) != (1 << LANES) - 1 {
+        return None;
+    }
     let scale = (largest_of_lanes(largest) / LARGEST).max(largest_of_lanes(sums) / LARGEST_SUM);
     let mut block = Block { multiples: [[0; WORDS]; PARTS], left_over: [[0; BYTES]; 2] };
     if !scale.is_normal() {
         // Nothing that the sum would show.
-        return (block, 0.0);
+        return Some((block, 0.0));
     }
     let factor = _mm256_set1_ps(1.0 / scale);
     for (half, values) in halves.into_iter().enumerate() {
@@ -190,19 +228,25 @@ fn block(x: &[f32; BLOCK], rounding: Rounding) -> (Block, f32) {
                 (Rounding::WithRest, 0) => _mm256_floor_ps(values),
                 (Rounding::WithRest, _) => _mm256_ceil_ps(values),
             };
-            let left_over = _mm256_andnot_ps(sign, _mm256_sub_ps(values, multiples));
-            let left_over = _mm256_cvtps_epi32(_mm256_mul_ps(left_over, _mm256_set1_ps(STEPS)));
-            // SAFETY: eight words and eight bytes are written, of which there are four times as many.
+            let words = block.multiples[2 * half + group % 2].as_mut_ptr();
+            // SAFETY: eight words are written, of which there are twice as many.
             unsafe {
-                let words = block.multiples[2 * half + group % 2].as_mut_ptr().add(group / 2 * LANES);
+                let words = words.add(group / 2 * LANES);
                 _mm_storeu_si128(words.cast(), narrow(_mm256_cvtps_epi32(multiples)));
-                let bytes = block.left_over[half].as_mut_ptr().add(group * LANES);
+            }
+            if rounding == Rounding::WithRest {
+                let left_over = _mm256_andnot_ps(sign, _mm256_sub_ps(values, multiples));
+                let left_over = _mm256_cvtps_epi32(_mm256_mul_ps(left_over, _mm256_set1_ps(STEPS)));
                 let narrow = narrow(left_over);
-                _mm_storel_epi64(bytes.cast(), _mm_packus_epi16(narrow, narrow));
+                // SAFETY: eight bytes are written, of which there are four times as many.
+                unsafe {
+                    let bytes = block.left_over[half].as_mut_ptr().add(group * LANES);
+                    _mm_storel_epi64(bytes.cast(), _mm_packus_epi16(narrow, narrow));
+                }
             }
         }
     }
-    (block, scale / ONE)
+    Some((block, scale / ONE))
 }
 
 /// The values at odd places, whose weights are second in their bytes, and those at even places. Their levels are
@@ -211,17 +255,21 @@ fn block(x: &[f32; BLOCK], rounding: Rounding) -> (Block, f32) {
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn in_order(x: &[f32; BLOCK]) -> [[__m256; PARTS]; 2] {
-    let pairs = |i: usize| {
-        // SAFETY: 16 values are there.
-        let [a, b] = [0, LANES].map(|next| unsafe { _mm256_loadu_ps(x.as_ptr().add(2 * LANES * i + next)) });
-        // Of each half of the registers four values: the halves in the middle change places.
-        let order = |values: __m256| {
-            _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(values)))
-        };
-        [order(_mm256_shuffle_ps::<0b11_01_11_01>(a, b)), order(_mm256_shuffle_ps::<0b10_00_10_00>(a, b))]
-    };
-    let pairs: [_; PARTS] = std::array::from_fn(pairs);
-    [pairs.map(|[odd, _]| odd), pairs.map(|[_, even]| even)]
+    let mut halves = [[_mm256_setzero_ps(); PARTS]; 2];
+    for (i, x) in x.as_chunks::<{ 2 * LANES }>().0.iter().enumerate() {
+        // SAFETY: eight values are there, twice.
+        let (a, b) = unsafe { (_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x[LANES..].as_ptr())) };
+        halves[0][i] = middle_changed(_mm256_shuffle_ps::<0b11_01_11_01>(a, b));
+        halves[1][i] = middle_changed(_mm256_shuffle_ps::<0b10_00_10_00>(a, b));
+    }
+    halves
+}
+
+/// Of each half of both registers there are two values: those in the middle change places.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn middle_changed(values: __m256) -> __m256 {
+    _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(values)))
 }
 
 /// Eight integers of 32 bits in 16.
