@@ -6,19 +6,44 @@ use std::arch::x86_64::*;
 /// Scales that are looked up before the blocks that need them.
 const RUN: usize = 64;
 
-/// One byte of each of 16 values, as bytes of a register are looked up: the same 16 in both halves.
-#[target_feature(enable = "avx2,fma")]
-fn table(byte: impl Fn(usize) -> u8) -> __m256i {
-    let bytes: [u8; 16] = std::array::from_fn(byte);
-    // SAFETY: 16 bytes are read.
-    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
+/// The first bytes of 16 values, then their second ones, and so on.
+type Bytes<const N: usize> = [[u8; 16]; N];
+
+/// Of the levels in f32.
+const SINGLES: Bytes<4> = {
+    let mut bytes = [[0; 16]; 4];
+    let mut code = 0;
+    while code < 16 {
+        let level = LEVELS[code].to_le_bytes();
+        (bytes[0][code], bytes[1][code]) = (level[0], level[1]);
+        (bytes[2][code], bytes[3][code]) = (level[2], level[3]);
+        code += 1;
+    }
+    bytes
+};
+
+/// Of the levels in 16 bits, as multiples of one of so many.
+pub const fn words(one: f32) -> Bytes<2> {
+    let mut bytes = [[0; 16]; 2];
+    let mut code = 0;
+    while code < 16 {
+        let level = ((LEVELS[code] * one).round() as i16).to_le_bytes();
+        (bytes[0][code], bytes[1][code]) = (level[0], level[1]);
+        code += 1;
+    }
+    bytes
 }
 
-/// Tables of the two bytes of each level, as a multiple of one of so many.
+/// As they are looked up: the same 16 in both halves of a register.
 #[target_feature(enable = "avx2,fma")]
-pub fn tables_of_words(one: f32) -> [__m256i; 2] {
-    let levels = LEVELS.map(|level| (level * one).round() as i16);
-    std::array::from_fn(|i| table(|code| levels[code].to_le_bytes()[i]))
+#[inline]
+pub fn tables<const N: usize>(bytes: &Bytes<N>) -> [__m256i; N] {
+    let mut tables = [_mm256_setzero_si256(); N];
+    for (table, bytes) in tables.iter_mut().zip(bytes) {
+        // SAFETY: 16 bytes are read.
+        *table = _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) });
+    }
+    tables
 }
 
 /// The low nibbles of 32 bytes, which are the second weights of their pairs, and the high ones.
@@ -59,7 +84,7 @@ pub fn widen(tensor: &Nf4Tensor, start: usize, out: &mut [f32]) {
     assert!(start.is_multiple_of(BLOCK) && out.len().is_multiple_of(BLOCK));
     let first = start / BLOCK;
     let codes = &tensor.codes[first * (BLOCK / 2)..][..out.len() / 2];
-    let tables: [__m256i; 4] = std::array::from_fn(|i| table(|code| LEVELS[code].to_le_bytes()[i]));
+    let tables = tables(&SINGLES);
     let mut scales = [0.0; RUN];
     let runs = out.chunks_mut(RUN * BLOCK).zip(codes.chunks(RUN * BLOCK / 2)).enumerate();
     for (run, (out, codes)) in runs {
@@ -81,7 +106,10 @@ fn widen_block(codes: &[u8; BLOCK / 2], tables: &[__m256i; 4], scale: f32, out: 
     // In the order of the weights; the upper half of a register is 32 of them further on.
     let parts = [_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)];
     for (part, codes) in parts.into_iter().enumerate() {
-        let bytes = tables.map(|table| _mm256_shuffle_epi8(table, codes));
+        let mut bytes = *tables;
+        for table in &mut bytes {
+            *table = _mm256_shuffle_epi8(*table, codes);
+        }
         let low = [_mm256_unpacklo_epi8(bytes[0], bytes[1]), _mm256_unpackhi_epi8(bytes[0], bytes[1])];
         let high = [_mm256_unpacklo_epi8(bytes[2], bytes[3]), _mm256_unpackhi_epi8(bytes[2], bytes[3])];
         for half in 0..2 {

@@ -8,7 +8,7 @@
 //!
 //! Where factors may be rounded to bf16, which is off by 2e-3, what is left over is left out: some 3e-5.
 
-use crate::nf4::avx2::{absmax, nibbles, tables_of_words};
+use crate::nf4::avx2::{absmax, nibbles, tables, words};
 use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -23,8 +23,11 @@ const STEPS: f32 = 64.0;
 const STEP: i16 = 256 / STEPS as i16;
 /// Bytes by which codes are fetched ahead: what the CPU fetches by itself stops at the end of a page.
 const AHEAD: usize = 2048;
+const LEVELS: [[u8; 16]; 2] = words(ONE);
 /// Rows whose lanes are summed together: by themselves they take as long as two blocks.
 const ROWS: usize = 4;
+/// Rows whose scales are looked up together.
+const SCALED: usize = 4 * ROWS;
 /// Lanes of sums in a register.
 const LANES: usize = 8;
 /// Words in a register.
@@ -59,7 +62,7 @@ struct Block {
 /// A vector of whole blocks.
 pub struct Blocks {
     blocks: Vec<Block>,
-    /// Of each block: what 1 times a level of 1 stands for.
+    /// Of each block: what 1 times a level of 1 stands for; again for each of [`SCALED`] rows.
     scales: Vec<f32>,
     rounding: Rounding,
 }
@@ -90,7 +93,7 @@ impl Blocks {
             blocks.push(block);
             scales.push(scale);
         }
-        Some(Self { blocks, scales, rounding })
+        Some(Self { blocks, scales: scales.repeat(SCALED), rounding })
     }
 
     /// Adds the products of the rows from `first`.
@@ -105,27 +108,29 @@ impl Blocks {
     /// `scales` is memory to work in.
     #[target_feature(enable = "avx2,fma")]
     fn add_rows_with(&self, tensor: &Nf4Tensor, first: usize, scales: &mut Vec<f32>, out: &mut [f32]) {
-        let width = self.blocks.len();
-        let tables = tables_of_words(ONE);
-        for (i, out) in out.chunks_mut(ROWS).enumerate() {
-            let start = (first + ROWS * i) * width;
+        let width = self.scales.len() / SCALED;
+        let tables = tables(&LEVELS);
+        for (i, out) in out.chunks_mut(SCALED).enumerate() {
+            let start = (first + SCALED * i) * width;
             scales.resize(out.len() * width, 0.0);
             absmax(&tensor.scales, start, scales);
-            let (codes, _) = tensor.codes[start * (BLOCK / 2)..].as_chunks();
-            let mut sums = [_mm256_setzero_ps(); ROWS];
-            for ((sum, scales), codes) in
-                sums.iter_mut().zip(scales.chunks_mut(width)).zip(codes.chunks(width))
-            {
-                for (scale, of_x) in scales.iter_mut().zip(&self.scales) {
-                    *scale *= of_x;
-                }
-                *sum = match self.rounding {
-                    Rounding::WithRest => self.product::<true>(codes, scales, &tables),
-                    Rounding::ToMultiples => self.product::<false>(codes, scales, &tables),
-                };
+            for (scale, of_x) in scales.iter_mut().zip(&self.scales) {
+                *scale *= of_x;
             }
-            for (out, sum) in out.iter_mut().zip(sums_of_lanes(sums)) {
-                *out += sum;
+            let (codes, _) = tensor.codes[start * (BLOCK / 2)..].as_chunks();
+            let rows = scales.chunks(ROWS * width).zip(codes.chunks(ROWS * width));
+            for (out, (scales, codes)) in out.chunks_mut(ROWS).zip(rows) {
+                let mut sums = [_mm256_setzero_ps(); ROWS];
+                let rows = scales.chunks(width).zip(codes.chunks(width));
+                for (sum, (scales, codes)) in sums.iter_mut().zip(rows) {
+                    *sum = match self.rounding {
+                        Rounding::WithRest => self.product::<true>(codes, scales, tables),
+                        Rounding::ToMultiples => self.product::<false>(codes, scales, tables),
+                    };
+                }
+                for (out, sum) in out.iter_mut().zip(sums_of_lanes(sums)) {
+                    *out += sum;
+                }
             }
         }
     }
@@ -137,7 +142,7 @@ impl Blocks {
         &self,
         codes: &[[u8; BLOCK / 2]],
         scales: &[f32],
-        tables: &[__m256i; 2],
+        [lower, upper]: [__m256i; 2],
     ) -> __m256 {
         let mut sum = _mm256_setzero_ps();
         let step = _mm256_set1_epi16(STEP);
@@ -148,29 +153,28 @@ impl Blocks {
                 _mm256_loadu_si256(codes.as_ptr().cast())
             };
             let [second, first] = nibbles(codes);
-            let look_up = |codes| tables.map(|table| _mm256_shuffle_epi8(table, codes));
-            let ([a, b], [c, d]) = (look_up(second), look_up(first));
+            let (a, b) = (_mm256_shuffle_epi8(lower, second), _mm256_shuffle_epi8(upper, second));
+            let (c, d) = (_mm256_shuffle_epi8(lower, first), _mm256_shuffle_epi8(upper, first));
             let levels = [
                 _mm256_unpacklo_epi8(a, b),
                 _mm256_unpackhi_epi8(a, b),
                 _mm256_unpacklo_epi8(c, d),
                 _mm256_unpackhi_epi8(c, d),
             ];
-            // SAFETY: all parts of a block are as large as a register, and begin where one may.
-            let load = |from: *const __m256i| unsafe { _mm256_load_si256(from) };
-            let multiples = x.multiples.each_ref().map(|x| load(x.as_ptr().cast()));
-            let products: [__m256i; PARTS] =
-                std::array::from_fn(|i| _mm256_madd_epi16(levels[i], multiples[i]));
-            let [first, second] =
-                [[products[0], products[1]], [products[2], products[3]]].map(|[a, b]| _mm256_add_epi32(a, b));
-            let mut sums = _mm256_add_epi32(first, second);
+            let mut sums = _mm256_setzero_si256();
+            for (levels, multiples) in levels.into_iter().zip(&x.multiples) {
+                // SAFETY: parts of a block are as large as a register and begin where one may, also below.
+                let multiples = unsafe { _mm256_load_si256(multiples.as_ptr().cast()) };
+                sums = _mm256_add_epi32(sums, _mm256_madd_epi16(levels, multiples));
+            }
             if REST {
-                let left_over = x.left_over.each_ref().map(|x| load(x.as_ptr().cast()));
-                let upper = _mm256_sub_epi16(
-                    _mm256_maddubs_epi16(left_over[0], b),
-                    _mm256_maddubs_epi16(left_over[1], d),
-                );
-                sums = _mm256_add_epi32(sums, _mm256_madd_epi16(upper, step));
+                let [of_second, of_first] = &x.left_over;
+                // SAFETY: as above.
+                let of_second = unsafe { _mm256_load_si256(of_second.as_ptr().cast()) };
+                let of_first = unsafe { _mm256_load_si256(of_first.as_ptr().cast()) };
+                let rest =
+                    _mm256_sub_epi16(_mm256_maddubs_epi16(of_second, b), _mm256_maddubs_epi16(of_first, d));
+                sums = _mm256_add_epi32(sums, _mm256_madd_epi16(rest, step));
             }
             sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(*scale), sum);
         }

@@ -3,7 +3,7 @@
 use super::quantize::{self, Range, add_sizes, factor, unit_of_weights};
 use super::{GROUP, Int16, LANES, WEIGHTS, lanes_of_group};
 use crate::matrix::Elements;
-use crate::nf4::avx2::{absmax, nibbles, tables_of_words};
+use crate::nf4::avx2::{absmax, nibbles, tables, words};
 use crate::product::tile::{Wanted, Weights};
 use crate::product::{COLUMN_STRIDE, COLUMNS};
 use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
@@ -11,6 +11,7 @@ use std::arch::x86_64::*;
 
 /// Bytes of a block.
 const BYTES: usize = BLOCK / 2;
+const LEVELS: [[u8; 16]; 2] = words(WEIGHTS);
 
 /// Along the depth, for each column.
 pub fn along(wanted: &Wanted<'_>, tile: &mut [Int16], weights: &mut Weights) {
@@ -19,7 +20,7 @@ pub fn along(wanted: &Wanted<'_>, tile: &mut [Int16], weights: &mut Weights) {
     let wide = &mut weights.wide[0];
     wide.resize(depth.len(), 0.0);
     // SAFETY: lanes of integers are used only where the CPU has the instructions.
-    let tables = unsafe { tables_of_words(WEIGHTS) };
+    let tables = unsafe { tables(&LEVELS) };
     for (row, lanes) in columns.clone().zip(tile.chunks_mut(COLUMN_STRIDE)) {
         let start = row * in_features + depth.start;
         match &matrix.elements {
@@ -87,7 +88,7 @@ fn group_of_blocks(wanted: &Wanted<'_>, tensor: &Nf4Tensor, tile: &mut [Int16], 
     for (depth, scales) in scales.chunks_mut(blocks).enumerate() {
         absmax(&tensor.scales, start(depth), scales);
     }
-    let tables = tables_of_words(WEIGHTS);
+    let tables = tables(&LEVELS);
     let (pairs, units) = tile.split_at_mut((lanes_of_group(depths) - 1) * COLUMNS);
     for block in 0..blocks {
         let largest =
