@@ -3,7 +3,7 @@
 use crate::matrix::Products;
 use std::sync::OnceLock;
 
-/// Names a level to stay below, for tests and comparisons: `portable`, `neon`, `avx2` or `avx512`.
+/// Names a level to keep to, for tests and comparisons: `portable`, `neon`, `avx2` or `avx512` (without AMX).
 pub const LIMIT_VARIABLE: &str = "EVALFW_SIMD";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -53,11 +53,15 @@ impl Level {
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
-        let limit = std::env::var(LIMIT_VARIABLE).unwrap_or_default();
-        let limit = Level::ALL.into_iter().find(|l| l.name() == limit).unwrap_or(Level::Avx512);
-        let usable = |l: &Level| *l <= limit && l.is_there();
+        let usable = |l: &Level| limit().is_none_or(|limit| *l <= limit) && l.is_there();
         Level::ALL.into_iter().rfind(usable).unwrap_or(Level::Portable)
     })
+}
+
+/// What the environment says.
+fn limit() -> Option<Level> {
+    let name = std::env::var(LIMIT_VARIABLE).ok()?;
+    Level::ALL.into_iter().find(|level| level.name() == name)
 }
 
 /// Whether NF4 is multiplied by one row, as in decoding, in integers of 16 bits: with AVX2, which has no other way to
@@ -75,10 +79,37 @@ pub fn has_bf16_products() -> bool {
 }
 
 /// Whether products of bf16 are also faster than those of f32. On AMD's CPUs the instruction does twice the work of a
-/// multiply-add in f32. On Intel's it takes longer than the two that it stands for: a product with NF4 on a Sapphire
-/// Rapids ran at half of the f32 rate.
+/// multiply-add in f32. On Intel's it takes longer than the two that it stands for (a product with NF4 on a Sapphire
+/// Rapids ran at half of the f32 rate), but there may be tiles.
 fn bf16_products_pay() -> bool {
-    has_bf16_products() && !is_intel()
+    has_bf16_products() && (!is_intel() || has_tiles())
+}
+
+/// Whether the CPU multiplies tiles of bf16 (AMX), and system and environment let this process use them.
+pub fn has_tiles() -> bool {
+    static TILES: OnceLock<bool> = OnceLock::new();
+    *TILES.get_or_init(|| has_bf16_products() && limit().is_none() && may_use_tiles())
+}
+
+/// Asks for the registers: Linux saves their 8 KiB only for processes that have.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn may_use_tiles() -> bool {
+    /// `ARCH_REQ_XCOMP_PERM` of arch_prctl(2), and the number of the tiles among the states of a CPU.
+    const REQUEST: [libc::c_long; 2] = [0x1023, 18];
+    /// AMX-BF16 and AMX-TILE.
+    const FEATURES: u32 = 1 << 22 | 1 << 24;
+    if std::arch::x86_64::__cpuid(0).eax < 7
+        || std::arch::x86_64::__cpuid_count(7, 0).edx & FEATURES != FEATURES
+    {
+        return false;
+    }
+    // SAFETY: the call takes two numbers and touches no memory of the process.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST[0], REQUEST[1]) == 0 }
+}
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+fn may_use_tiles() -> bool {
+    false
 }
 
 /// Whether the CPU multiplies pairs of 16-bit integers and sums them in 32 bits, in one instruction or two, and the

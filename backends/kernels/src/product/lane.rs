@@ -8,6 +8,8 @@ pub trait Lane: Copy + Default + Send + Sync + 'static {
     /// Depths of a group, which lies in [`GROUP`](Self::GROUP) lanes; nothing goes across groups.
     const DEPTHS: usize;
     const GROUP: usize = 1;
+    /// Whether the tiles of transposed products, too, lie along the depth.
+    const ALONG: bool = false;
 
     /// The lanes of so many depths from the beginning of a group.
     fn lanes_of(depths: usize) -> usize {

@@ -7,6 +7,8 @@
 //! result at the end ([`deep`] cuts otherwise). No weight is widened twice, no two tasks write to one place, and
 //! there is one barrier.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod deep;
 #[cfg(target_arch = "x86_64")]
 mod int16;
@@ -15,6 +17,8 @@ mod pack;
 mod strip;
 mod tile;
 
+#[cfg(target_arch = "x86_64")]
+use crate::level::has_tiles;
 use crate::level::{Factors, Level, level};
 use crate::matrix::{HostMatrix, LowRank};
 #[cfg(target_arch = "x86_64")]
@@ -38,6 +42,11 @@ const COLUMN_STRIDE: usize = DEPTH + 16;
 macro_rules! for_products {
     ($matrix:expr, $kernel:ident => $body:expr) => {
         match (level(), Factors::of($matrix.products)) {
+            #[cfg(target_arch = "x86_64")]
+            (Level::Avx512, Factors::Bf16) if has_tiles() => {
+                type $kernel = amx::Amx;
+                $body
+            }
             #[cfg(target_arch = "x86_64")]
             (Level::Avx512, Factors::Bf16) => {
                 type $kernel = strip::Avx512Bf16;
@@ -226,7 +235,8 @@ fn multiply_tile<K: Kernel, const TRANSPOSED: bool>(
 ) {
     for first in (0..columns).step_by(K::COLUMNS) {
         let count = K::COLUMNS.min(columns - first);
-        let weights = if TRANSPOSED { &tile[first..] } else { &tile[first * COLUMN_STRIDE..] };
+        let across = TRANSPOSED && !K::Lane::ALONG;
+        let weights = if across { &tile[first..] } else { &tile[first * COLUMN_STRIDE..] };
         let sums = &mut sums[first * K::LANES..(first + count) * K::LANES];
         K::multiply::<TRANSPOSED>(panel, weights, sums);
     }
@@ -420,6 +430,10 @@ mod tests {
             }
             if has_bf16_products() {
                 check::<strip::Avx512Bf16>(shape, rows, BF16);
+                check::<amx::InLoops>(shape, rows, BF16);
+            }
+            if has_tiles() {
+                check::<amx::Amx>(shape, rows, BF16);
             }
             if Level::Avx2.is_there() {
                 check::<int16::Avx2>(shape, rows, INT16);

@@ -13,7 +13,7 @@ pub trait Kernel {
 
     /// `sums[c, lane] += Σ_d panel[d, lane] · weights(d, c)`, for `sums.len() / LANES` columns. The weights
     /// lie along the depth with [`COLUMN_STRIDE`] between columns, or, transposed, along the columns with
-    /// [`COLUMNS`] between depths.
+    /// [`COLUMNS`] between depths, unless its lanes [always lie along the depth](Lane::ALONG).
     fn multiply<const TRANSPOSED: bool>(panel: &[Self::Lane], weights: &[Self::Lane], sums: &mut [f32]);
 }
 

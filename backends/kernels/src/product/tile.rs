@@ -38,6 +38,9 @@ pub struct Weights {
     /// Weights of some depths, or of one column.
     pub wide: [Vec<f32>; 2],
     pub in_bf16: [Vec<bf16>; 2],
+    /// A tile that lies the other way round.
+    #[cfg(target_arch = "x86_64")]
+    pub pairs: Vec<super::lane::Pair>,
 }
 
 /// Fills a tile: along the depth for each column, or transposed along the columns for each depth.

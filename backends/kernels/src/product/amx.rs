@@ -1,0 +1,265 @@
+//! Products of bf16 with AMX, which multiplies what lies in two registers of 16 rows of 64 bytes.
+//!
+//! ```text
+//! weights  [16 columns, 16 pairs of depths]     as in a tile that lies along the depth
+//! panel    [16 pairs of depths, 16 lanes]       as it is
+//! sums     [16 columns, 16 lanes]               as they are
+//! ```
+//!
+//! Rust has no stable intrinsics for it, so that the instructions are written out.
+
+use super::COLUMN_STRIDE;
+use super::lane::{Lane, Pair};
+use super::strip::Kernel;
+use super::tile::{self, Wanted, Weights};
+use crate::transpose::{SIDE, Squares};
+use std::arch::asm;
+
+/// Pairs of a panel between two depths.
+const LANES: usize = 2 * SIDE;
+/// Bytes of a row of a register.
+const ROW: usize = SIDE * size_of::<Pair>();
+
+/// A [`Pair`] in whole registers: what is missing in the last one is zero. Its tiles always lie along the depth.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(transparent)]
+pub struct Tiled(Pair);
+
+impl Tiled {
+    fn pairs(lanes: &mut [Self]) -> &mut [Pair] {
+        // SAFETY: a lane is nothing but its pair.
+        unsafe { std::slice::from_raw_parts_mut(lanes.as_mut_ptr().cast(), lanes.len()) }
+    }
+}
+
+impl Lane for Tiled {
+    const DEPTHS: usize = SIDE * Pair::DEPTHS;
+    const GROUP: usize = SIDE;
+    const ALONG: bool = true;
+
+    fn lanes_of(depths: usize) -> usize {
+        depths.div_ceil(Self::DEPTHS) * SIDE
+    }
+
+    fn join_along(values: &[f32], lanes: &mut [Self]) {
+        let (pairs, missing) = Self::pairs(lanes).split_at_mut(Pair::lanes_of(values.len()));
+        Pair::join_along(values, pairs);
+        missing.fill(Pair::default());
+    }
+
+    fn fill<const TRANSPOSED: bool>(wanted: Wanted<'_>, tile: &mut [Self], weights: &mut Weights) {
+        let (columns, depths) = (wanted.columns.len(), wanted.depth.len());
+        let (pairs, lanes) = (Pair::lanes_of(depths), Self::lanes_of(depths));
+        let tile = Self::pairs(tile);
+        if !TRANSPOSED {
+            tile::widen::<Pair, false>(wanted, tile, weights);
+            for column in tile.chunks_mut(COLUMN_STRIDE).take(columns) {
+                column[pairs..lanes].fill(Pair::default());
+            }
+            return;
+        }
+        let mut across = std::mem::take(&mut weights.pairs);
+        across.resize(lanes * super::COLUMNS, Pair::default());
+        across[pairs * super::COLUMNS..].fill(Pair::default());
+        tile::widen::<Pair, true>(wanted, &mut across, weights);
+        turn(&across, columns, tile);
+        weights.pairs = across;
+    }
+}
+
+/// What lies along the columns comes to lie along the depth. Whole squares are turned; those at the end have columns
+/// that nobody reads.
+fn turn(across: &[Pair], columns: usize, tile: &mut [Pair]) {
+    let depths = across.len() / super::COLUMNS;
+    let last = (columns.next_multiple_of(SIDE) - 1) * COLUMN_STRIDE + depths;
+    assert!(columns <= super::COLUMNS && super::COLUMNS.is_multiple_of(SIDE) && depths.is_multiple_of(SIDE));
+    assert!(columns == 0 || last <= tile.len());
+    let Some(squares) = Squares::of_this_cpu().filter(|squares| squares.side == SIDE) else {
+        unreachable!("AMX comes with AVX-512");
+    };
+    for depth in (0..depths).step_by(SIDE) {
+        for column in (0..columns).step_by(SIDE) {
+            // SAFETY: the assertions bound both squares; a pair is as large as a u32.
+            unsafe {
+                let from = across.as_ptr().add(depth * super::COLUMNS + column);
+                let to = tile.as_mut_ptr().add(column * COLUMN_STRIDE + depth);
+                squares.copy(from.cast(), super::COLUMNS, to.cast(), COLUMN_STRIDE);
+            }
+        }
+    }
+}
+
+/// Two registers of columns times two of lanes: four of eight hold sums.
+pub struct Amx;
+
+impl Kernel for Amx {
+    type Lane = Tiled;
+    const LANES: usize = LANES;
+    const COLUMNS: usize = 2 * SIDE;
+
+    fn multiply<const TRANSPOSED: bool>(panel: &[Tiled], weights: &[Tiled], sums: &mut [f32]) {
+        let (columns, depths) = (sums.len() / LANES, panel.len() / LANES);
+        assert!(sums.len().is_multiple_of(LANES) && panel.len().is_multiple_of(LANES * SIDE));
+        if columns == 0 || depths == 0 {
+            return;
+        }
+        assert!((columns - 1) * COLUMN_STRIDE + depths <= weights.len());
+        let shapes = &SHAPES[columns - 1];
+        // SAFETY: a kernel is used only where its instructions have been found, and the assertions bound all that is
+        // read and written: `depths` of each column and of the panel, and all sums.
+        unsafe {
+            match columns {
+                ..=SIDE => one(shapes, panel, weights, sums, depths / SIDE),
+                _ => two(shapes, panel, weights, sums, depths / SIDE),
+            }
+        }
+    }
+}
+
+/// How many rows and bytes of each register are used, as the instruction reads it.
+#[repr(C, align(64))]
+struct Shapes {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// For each number of columns. Registers 0 to 3 are the sums of two parts of the columns with two of the lanes, 4 and 5
+/// the weights, 6 and 7 the panel.
+static SHAPES: [Shapes; 2 * SIDE] = {
+    const NONE: Shapes =
+        Shapes { palette: 1, start_row: 0, reserved: [0; 14], bytes: [0; 16], rows: [0; 16] };
+    let mut all = [NONE; 2 * SIDE];
+    let mut i = 0;
+    while i < all.len() {
+        let columns = i + 1;
+        let first = if columns < SIDE { columns } else { SIDE };
+        let second = columns - first;
+        let rows = [first, first, second, second, first, second, SIDE, SIDE];
+        let mut register = 0;
+        while register < rows.len() {
+            all[i].rows[register] = rows[register] as u8;
+            all[i].bytes[register] = if rows[register] == 0 { 0 } else { ROW as u16 };
+            register += 1;
+        }
+        i += 1;
+    }
+    all
+};
+
+/// Up to 16 columns.
+///
+/// # Safety
+/// The CPU has AMX. There are `groups` of 16 pairs in the panel and, for each of the columns, of weights.
+unsafe fn one(shapes: &Shapes, panel: &[Tiled], weights: &[Tiled], sums: &mut [f32], groups: usize) {
+    // SAFETY: by the contract of this function.
+    unsafe {
+        asm!(
+            "ldtilecfg [{shapes}]",
+            "tileloadd tmm0, [{sums} + {lanes}]",
+            "tileloadd tmm1, [{sums} + {lanes} + {half}]",
+            "2:",
+            "tileloadd tmm4, [{weights} + {column}]",
+            "tileloadd tmm6, [{panel} + {lanes}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{panel} + {lanes} + {half}]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "add {weights}, {half}",
+            "add {panel}, {square}",
+            "dec {groups}",
+            "jnz 2b",
+            "tilestored [{sums} + {lanes}], tmm0",
+            "tilestored [{sums} + {lanes} + {half}], tmm1",
+            "tilerelease",
+            shapes = in(reg) shapes,
+            sums = in(reg) sums.as_mut_ptr(),
+            weights = inout(reg) weights.as_ptr() => _,
+            panel = inout(reg) panel.as_ptr() => _,
+            groups = inout(reg) groups => _,
+            lanes = in(reg) LANES * size_of::<f32>(),
+            column = in(reg) COLUMN_STRIDE * size_of::<Pair>(),
+            half = const ROW,
+            square = const SIDE * LANES * size_of::<Pair>(),
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+/// 17 to 32 columns.
+///
+/// # Safety
+/// As of [`one`].
+unsafe fn two(shapes: &Shapes, panel: &[Tiled], weights: &[Tiled], sums: &mut [f32], groups: usize) {
+    // SAFETY: by the contract of this function; the second part begins after 16 columns.
+    unsafe {
+        asm!(
+            "ldtilecfg [{shapes}]",
+            "tileloadd tmm0, [{sums} + {lanes}]",
+            "tileloadd tmm1, [{sums} + {lanes} + {half}]",
+            "tileloadd tmm2, [{sums} + {lanes} + {square}]",
+            "tileloadd tmm3, [{sums} + {lanes} + {square} + {half}]",
+            "2:",
+            "tileloadd tmm4, [{weights} + {column}]",
+            "tileloadd tmm6, [{panel} + {lanes}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{panel} + {lanes} + {half}]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{more_weights} + {column}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {weights}, {half}",
+            "add {more_weights}, {half}",
+            "add {panel}, {square}",
+            "dec {groups}",
+            "jnz 2b",
+            "tilestored [{sums} + {lanes}], tmm0",
+            "tilestored [{sums} + {lanes} + {half}], tmm1",
+            "tilestored [{sums} + {lanes} + {square}], tmm2",
+            "tilestored [{sums} + {lanes} + {square} + {half}], tmm3",
+            "tilerelease",
+            shapes = in(reg) shapes,
+            sums = in(reg) sums.as_mut_ptr(),
+            weights = inout(reg) weights.as_ptr() => _,
+            more_weights = inout(reg) weights.as_ptr().add(SIDE * COLUMN_STRIDE) => _,
+            panel = inout(reg) panel.as_ptr() => _,
+            groups = inout(reg) groups => _,
+            lanes = in(reg) LANES * size_of::<f32>(),
+            column = in(reg) COLUMN_STRIDE * size_of::<Pair>(),
+            half = const ROW,
+            square = const SIDE * LANES * size_of::<Pair>(),
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
+
+/// The same without its instructions, so that the order of the lanes is tested on other CPUs, too.
+#[cfg(test)]
+pub struct InLoops;
+
+#[cfg(test)]
+impl Kernel for InLoops {
+    type Lane = Tiled;
+    const LANES: usize = Amx::LANES;
+    const COLUMNS: usize = Amx::COLUMNS;
+
+    fn multiply<const TRANSPOSED: bool>(panel: &[Tiled], weights: &[Tiled], sums: &mut [f32]) {
+        let factors = |Tiled(pair): Tiled| {
+            let bits = pair.bits() as u32;
+            [f32::from_bits(bits << 16), f32::from_bits(bits & 0xffff_0000)]
+        };
+        for (column, sums) in sums.chunks_mut(LANES).enumerate() {
+            for (depth, lanes) in panel.chunks(LANES).enumerate() {
+                let [a, b] = factors(weights[column * COLUMN_STRIDE + depth]);
+                for (sum, &x) in sums.iter_mut().zip(lanes) {
+                    let [x, next] = factors(x);
+                    *sum += a * x + b * next;
+                }
+            }
+        }
+    }
+}
