@@ -94,6 +94,14 @@ mod tests {
                 avx2::widen(&tensor, first * BLOCK, &mut out);
             }
             assert_eq!(scales, expected);
+            let factors: Vec<f32> = (0..len).map(|i| 1.0 - i as f32).collect();
+            // SAFETY: as above.
+            unsafe { avx2::absmax_times(&tensor.scales, first, &factors, &mut scales) };
+            let largest = tensor.scales.absmax.iter().fold(tensor.scales.offset, |most, v| most.max(*v));
+            for ((scale, expected), factor) in scales.iter().zip(&expected).zip(factors) {
+                let distance = (scale - expected * factor).abs();
+                assert!(distance <= 1e-6 * largest * factor.abs(), "{scale}, expected {expected} x {factor}");
+            }
             assert_eq!(out, tensor.dequantize()[first * BLOCK..][..len * BLOCK]);
         }
     }

@@ -97,24 +97,37 @@ impl Kernel for Amx {
     const LANES: usize = LANES;
     const COLUMNS: usize = 2 * SIDE;
 
-    fn multiply<const TRANSPOSED: bool>(panel: &[Tiled], weights: &[Tiled], sums: &mut [f32]) {
+    fn multiply<const TRANSPOSED: bool>(
+        panel: &[Tiled],
+        weights: &[Tiled],
+        sums: &mut [f32],
+        from_zero: bool,
+    ) {
         let (columns, depths) = (sums.len() / LANES, panel.len() / LANES);
         assert!(sums.len().is_multiple_of(LANES) && panel.len().is_multiple_of(LANES * SIDE));
-        if columns == 0 || depths == 0 {
-            return;
-        }
-        assert!((columns - 1) * COLUMN_STRIDE + depths <= weights.len());
-        let shapes = &SHAPES[columns - 1];
+        assert!(columns > 0 && depths > 0 && (columns - 1) * COLUMN_STRIDE + depths <= weights.len());
+        let (start, distance) =
+            if from_zero { (ZEROS.0.as_ptr(), 0) } else { (sums.as_ptr(), LANES * size_of::<f32>()) };
+        let strip = Strip {
+            shapes: &SHAPES[columns - 1],
+            panel: panel.as_ptr(),
+            weights: weights.as_ptr(),
+            groups: depths / SIDE,
+            start,
+            distance,
+            sums: sums.as_mut_ptr(),
+        };
         // SAFETY: a kernel is used only where its instructions have been found, and the assertions bound all that is
-        // read and written: `depths` of each column and of the panel, and all sums.
-        unsafe {
-            match columns {
-                ..=SIDE => one(shapes, panel, weights, sums, depths / SIDE),
-                _ => two(shapes, panel, weights, sums, depths / SIDE),
-            }
-        }
+        // read and written.
+        unsafe { if columns <= SIDE { strip.one() } else { strip.two() } };
     }
 }
+
+/// What sums may begin with: a row for each part of the columns.
+#[repr(align(64))]
+struct Zeros([f32; SIDE * LANES + LANES]);
+
+static ZEROS: Zeros = Zeros([0.0; SIDE * LANES + LANES]);
 
 /// How many rows and bytes of each register are used, as the instruction reads it.
 #[repr(C, align(64))]
@@ -149,91 +162,110 @@ static SHAPES: [Shapes; 2 * SIDE] = {
     all
 };
 
-/// Up to 16 columns.
-///
-/// # Safety
-/// The CPU has AMX. There are `groups` of 16 pairs in the panel and, for each of the columns, of weights.
-unsafe fn one(shapes: &Shapes, panel: &[Tiled], weights: &[Tiled], sums: &mut [f32], groups: usize) {
-    // SAFETY: by the contract of this function.
-    unsafe {
-        asm!(
-            "ldtilecfg [{shapes}]",
-            "tileloadd tmm0, [{sums} + {lanes}]",
-            "tileloadd tmm1, [{sums} + {lanes} + {half}]",
-            "2:",
-            "tileloadd tmm4, [{weights} + {column}]",
-            "tileloadd tmm6, [{panel} + {lanes}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{panel} + {lanes} + {half}]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "add {weights}, {half}",
-            "add {panel}, {square}",
-            "dec {groups}",
-            "jnz 2b",
-            "tilestored [{sums} + {lanes}], tmm0",
-            "tilestored [{sums} + {lanes} + {half}], tmm1",
-            "tilerelease",
-            shapes = in(reg) shapes,
-            sums = in(reg) sums.as_mut_ptr(),
-            weights = inout(reg) weights.as_ptr() => _,
-            panel = inout(reg) panel.as_ptr() => _,
-            groups = inout(reg) groups => _,
-            lanes = in(reg) LANES * size_of::<f32>(),
-            column = in(reg) COLUMN_STRIDE * size_of::<Pair>(),
-            half = const ROW,
-            square = const SIDE * LANES * size_of::<Pair>(),
-            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
+/// What is read and written.
+struct Strip {
+    shapes: &'static Shapes,
+    panel: *const Tiled,
+    weights: *const Tiled,
+    /// Of 16 pairs, at least one.
+    groups: usize,
+    /// What the sums begin with, and the bytes between its rows.
+    start: *const f32,
+    distance: usize,
+    sums: *mut f32,
 }
 
-/// 17 to 32 columns.
-///
-/// # Safety
-/// As of [`one`].
-unsafe fn two(shapes: &Shapes, panel: &[Tiled], weights: &[Tiled], sums: &mut [f32], groups: usize) {
-    // SAFETY: by the contract of this function; the second part begins after 16 columns.
-    unsafe {
-        asm!(
-            "ldtilecfg [{shapes}]",
-            "tileloadd tmm0, [{sums} + {lanes}]",
-            "tileloadd tmm1, [{sums} + {lanes} + {half}]",
-            "tileloadd tmm2, [{sums} + {lanes} + {square}]",
-            "tileloadd tmm3, [{sums} + {lanes} + {square} + {half}]",
-            "2:",
-            "tileloadd tmm4, [{weights} + {column}]",
-            "tileloadd tmm6, [{panel} + {lanes}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{panel} + {lanes} + {half}]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{more_weights} + {column}]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {weights}, {half}",
-            "add {more_weights}, {half}",
-            "add {panel}, {square}",
-            "dec {groups}",
-            "jnz 2b",
-            "tilestored [{sums} + {lanes}], tmm0",
-            "tilestored [{sums} + {lanes} + {half}], tmm1",
-            "tilestored [{sums} + {lanes} + {square}], tmm2",
-            "tilestored [{sums} + {lanes} + {square} + {half}], tmm3",
-            "tilerelease",
-            shapes = in(reg) shapes,
-            sums = in(reg) sums.as_mut_ptr(),
-            weights = inout(reg) weights.as_ptr() => _,
-            more_weights = inout(reg) weights.as_ptr().add(SIDE * COLUMN_STRIDE) => _,
-            panel = inout(reg) panel.as_ptr() => _,
-            groups = inout(reg) groups => _,
-            lanes = in(reg) LANES * size_of::<f32>(),
-            column = in(reg) COLUMN_STRIDE * size_of::<Pair>(),
-            half = const ROW,
-            square = const SIDE * LANES * size_of::<Pair>(),
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
+impl Strip {
+    /// Up to 16 columns.
+    ///
+    /// # Safety
+    /// The CPU has AMX, and all memory is there.
+    unsafe fn one(self) {
+        // SAFETY: by the contract of this function.
+        unsafe {
+            asm!(
+                "ldtilecfg [{shapes}]",
+                "tileloadd tmm0, [{start} + {distance}]",
+                "tileloadd tmm1, [{start} + {distance} + {half}]",
+                "2:",
+                "tileloadd tmm4, [{weights} + {column}]",
+                "tileloadd tmm6, [{panel} + {lanes}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{panel} + {lanes} + {half}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "add {weights}, {half}",
+                "add {panel}, {square}",
+                "dec {groups}",
+                "jnz 2b",
+                "tilestored [{sums} + {lanes}], tmm0",
+                "tilestored [{sums} + {lanes} + {half}], tmm1",
+                "tilerelease",
+                shapes = in(reg) self.shapes,
+                start = in(reg) self.start,
+                distance = in(reg) self.distance,
+                sums = in(reg) self.sums,
+                weights = inout(reg) self.weights => _,
+                panel = inout(reg) self.panel => _,
+                groups = inout(reg) self.groups => _,
+                lanes = in(reg) LANES * size_of::<f32>(),
+                column = in(reg) COLUMN_STRIDE * size_of::<Pair>(),
+                half = const ROW,
+                square = const SIDE * LANES * size_of::<Pair>(),
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+
+    /// 17 to 32 columns.
+    ///
+    /// # Safety
+    /// As of [`one`](Self::one).
+    unsafe fn two(self) {
+        // SAFETY: by the contract of this function; the second part begins after 16 columns.
+        unsafe {
+            asm!(
+                "ldtilecfg [{shapes}]",
+                "tileloadd tmm0, [{start} + {distance}]",
+                "tileloadd tmm1, [{start} + {distance} + {half}]",
+                "tileloadd tmm2, [{start} + {distance} + {square}]",
+                "tileloadd tmm3, [{start} + {distance} + {square} + {half}]",
+                "2:",
+                "tileloadd tmm4, [{weights} + {column}]",
+                "tileloadd tmm6, [{panel} + {lanes}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{panel} + {lanes} + {half}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{more_weights} + {column}]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {weights}, {half}",
+                "add {more_weights}, {half}",
+                "add {panel}, {square}",
+                "dec {groups}",
+                "jnz 2b",
+                "tilestored [{sums} + {lanes}], tmm0",
+                "tilestored [{sums} + {lanes} + {half}], tmm1",
+                "tilestored [{sums} + {lanes} + {square}], tmm2",
+                "tilestored [{sums} + {lanes} + {square} + {half}], tmm3",
+                "tilerelease",
+                shapes = in(reg) self.shapes,
+                start = in(reg) self.start,
+                distance = in(reg) self.distance,
+                sums = in(reg) self.sums,
+                weights = inout(reg) self.weights => _,
+                more_weights = inout(reg) self.weights.add(SIDE * COLUMN_STRIDE) => _,
+                panel = inout(reg) self.panel => _,
+                groups = inout(reg) self.groups => _,
+                lanes = in(reg) LANES * size_of::<f32>(),
+                column = in(reg) COLUMN_STRIDE * size_of::<Pair>(),
+                half = const ROW,
+                square = const SIDE * LANES * size_of::<Pair>(),
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
     }
 }
 
@@ -247,7 +279,15 @@ impl Kernel for InLoops {
     const LANES: usize = Amx::LANES;
     const COLUMNS: usize = Amx::COLUMNS;
 
-    fn multiply<const TRANSPOSED: bool>(panel: &[Tiled], weights: &[Tiled], sums: &mut [f32]) {
+    fn multiply<const TRANSPOSED: bool>(
+        panel: &[Tiled],
+        weights: &[Tiled],
+        sums: &mut [f32],
+        from_zero: bool,
+    ) {
+        if from_zero {
+            sums.fill(0.0);
+        }
         let factors = |Tiled(pair): Tiled| {
             let bits = pair.bits() as u32;
             [f32::from_bits(bits << 16), f32::from_bits(bits & 0xffff_0000)]

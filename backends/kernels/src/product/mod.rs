@@ -30,7 +30,7 @@ use std::ops::Range;
 use strip::{Kernel, Portable};
 use tile::{Wanted, Weights};
 
-/// Depth of a tile, in lanes.
+/// Depth of a tile, in lanes, at most.
 const DEPTH: usize = 512;
 /// Columns of a tile at most; a multiple of [`BLOCK`].
 const COLUMNS: usize = 192;
@@ -190,15 +190,21 @@ fn multiply<K: Kernel, const TRANSPOSED: bool>(
     let destination = Destination { start: out.as_mut_ptr(), rows, width };
     (0..width.div_ceil(step)).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
         let columns = task * step..width.min((task + 1) * step);
-        scratch.clear(step * rows.div_ceil(K::LANES) * K::LANES);
+        scratch.sums.resize(step * rows.div_ceil(K::LANES) * K::LANES, 0.0);
+        // So that nobody has to clear the sums of the last task.
+        let mut from_zero = true;
         for (matrix, x) in factors {
             for depth in tiles::<K>(x.depth.clone()) {
                 scratch.widen::<TRANSPOSED>(matrix, columns.clone(), depth.clone());
                 for (panel, sums) in scratch.sums.chunks_exact_mut(step * K::LANES).enumerate() {
                     let panel = x.part::<K>(panel, &depth);
-                    multiply_tile::<K, TRANSPOSED>(panel, &scratch.tile, columns.len(), sums);
+                    multiply_tile::<K, TRANSPOSED>(panel, &scratch.tile, columns.len(), sums, from_zero);
                 }
+                from_zero = false;
             }
+        }
+        if from_zero {
+            scratch.sums.fill(0.0);
         }
         if let Some(bias) = bias {
             add_bias(&mut scratch.sums, &bias[columns.clone()], K::LANES, step);
@@ -213,7 +219,7 @@ fn multiply<K: Kernel, const TRANSPOSED: bool>(
 
 /// A depth in tiles.
 fn tiles<K: Kernel>(depth: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let size = DEPTH / K::Lane::GROUP * K::Lane::DEPTHS;
+    let size = K::DEPTH / K::Lane::GROUP * K::Lane::DEPTHS;
     depth.clone().step_by(size).map(move |first| first..depth.end.min(first + size))
 }
 
@@ -232,13 +238,14 @@ fn multiply_tile<K: Kernel, const TRANSPOSED: bool>(
     tile: &[K::Lane],
     columns: usize,
     sums: &mut [f32],
+    from_zero: bool,
 ) {
     for first in (0..columns).step_by(K::COLUMNS) {
         let count = K::COLUMNS.min(columns - first);
         let across = TRANSPOSED && !K::Lane::ALONG;
         let weights = if across { &tile[first..] } else { &tile[first * COLUMN_STRIDE..] };
         let sums = &mut sums[first * K::LANES..(first + count) * K::LANES];
-        K::multiply::<TRANSPOSED>(panel, weights, sums);
+        K::multiply::<TRANSPOSED>(panel, weights, sums, from_zero);
     }
 }
 
@@ -260,11 +267,6 @@ struct Scratch<L> {
 }
 
 impl<L: Lane> Scratch<L> {
-    fn clear(&mut self, sums: usize) {
-        self.sums.clear();
-        self.sums.resize(sums, 0.0);
-    }
-
     fn widen<const TRANSPOSED: bool>(
         &mut self,
         matrix: &HostMatrix,

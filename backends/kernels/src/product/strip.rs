@@ -1,7 +1,7 @@
 //! The innermost product: one panel of activations times a strip of columns, with all sums in registers.
 
 use super::lane::Lane;
-use super::{COLUMN_STRIDE, COLUMNS};
+use super::{COLUMN_STRIDE, COLUMNS, DEPTH};
 
 /// An instruction set's way of multiplying.
 pub trait Kernel {
@@ -10,11 +10,19 @@ pub trait Kernel {
     const LANES: usize;
     /// Columns of a strip at most.
     const COLUMNS: usize;
+    /// Depth of a tile, in lanes.
+    const DEPTH: usize = DEPTH;
 
     /// `sums[c, lane] += Σ_d panel[d, lane] · weights(d, c)`, for `sums.len() / LANES` columns. The weights
     /// lie along the depth with [`COLUMN_STRIDE`] between columns, or, transposed, along the columns with
-    /// [`COLUMNS`] between depths, unless its lanes [always lie along the depth](Lane::ALONG).
-    fn multiply<const TRANSPOSED: bool>(panel: &[Self::Lane], weights: &[Self::Lane], sums: &mut [f32]);
+    /// [`COLUMNS`] between depths, unless its lanes [always lie along the depth](Lane::ALONG). Of sums that begin
+    /// `from_zero` nothing is read.
+    fn multiply<const TRANSPOSED: bool>(
+        panel: &[Self::Lane],
+        weights: &[Self::Lane],
+        sums: &mut [f32],
+        from_zero: bool,
+    );
 }
 
 /// A register of sums, and what it takes to add to it. Whoever calls sees to it that the CPU has the
@@ -25,6 +33,7 @@ pub trait Vector: Copy {
     type Lanes: Copy;
     type Lane: Lane;
     const WIDTH: usize;
+    unsafe fn zero() -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn load_lanes(from: *const Self::Lane) -> Self::Lanes;
@@ -41,6 +50,7 @@ unsafe fn strip<V: Vector, const VECTORS: usize, const N: usize, const TRANSPOSE
     panel: &[V::Lane],
     weights: &[V::Lane],
     sums: &mut [f32],
+    from_zero: bool,
 ) {
     let lanes = VECTORS * V::WIDTH;
     let (column, deeper) = if TRANSPOSED { (1, COLUMNS) } else { (COLUMN_STRIDE, 1) };
@@ -49,8 +59,14 @@ unsafe fn strip<V: Vector, const VECTORS: usize, const N: usize, const TRANSPOSE
     // SAFETY: the assertion above bounds all reads and writes.
     unsafe {
         let out = sums.as_mut_ptr();
-        let mut totals: [[V; VECTORS]; N] =
-            std::array::from_fn(|n| std::array::from_fn(|v| V::load(out.add(n * lanes + v * V::WIDTH))));
+        let mut totals = [[V::zero(); VECTORS]; N];
+        if !from_zero {
+            for (n, totals) in totals.iter_mut().enumerate() {
+                for (v, total) in totals.iter_mut().enumerate() {
+                    *total = V::load(out.add(n * lanes + v * V::WIDTH));
+                }
+            }
+        }
         let (mut x, mut w) = (panel.as_ptr(), weights.as_ptr());
         for _ in 0..depth {
             let rows: [V::Lanes; VECTORS] = std::array::from_fn(|v| V::load_lanes(x.add(v * V::WIDTH)));
@@ -88,21 +104,27 @@ macro_rules! kernel {
                 largest
             };
 
-            fn multiply<const TRANSPOSED: bool>(panel: &[Self::Lane], weights: &[Self::Lane], sums: &mut [f32]) {
+            fn multiply<const TRANSPOSED: bool>(
+                panel: &[Self::Lane],
+                weights: &[Self::Lane],
+                sums: &mut [f32],
+                from_zero: bool,
+            ) {
                 $(#[target_feature(enable = $features)])?
                 unsafe fn run<const N: usize, const TRANSPOSED: bool>(
                     panel: &[$lane],
                     weights: &[$lane],
                     sums: &mut [f32],
+                    from_zero: bool,
                 ) {
                     const { assert!($lanes * size_of::<f32>() == $vectors * size_of::<$vector>()) };
                     // SAFETY: the caller sees to the instructions; the rest is checked inside.
-                    unsafe { $strip::<$vector, $vectors, N, TRANSPOSED>(panel, weights, sums) }
+                    unsafe { $strip::<$vector, $vectors, N, TRANSPOSED>(panel, weights, sums, from_zero) }
                 }
                 // SAFETY: a kernel is used only where its level has been found.
                 unsafe {
                     match sums.len() / $lanes {
-                        $($n => run::<$n, TRANSPOSED>(panel, weights, sums),)+
+                        $($n => run::<$n, TRANSPOSED>(panel, weights, sums, from_zero),)+
                         _ => unreachable!("strips have at most {} columns", Self::COLUMNS),
                     }
                 }
@@ -122,6 +144,11 @@ impl Vector for [f32; 8] {
     type Lanes = Self;
     type Lane = f32;
     const WIDTH: usize = 8;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        [0.0; 8]
+    }
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
@@ -186,8 +213,13 @@ mod x86 {
         const WIDTH: usize = 16;
 
         #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
+        unsafe fn zero() -> Self {
             // SAFETY: by the contract of `strip`, also below.
+            Self(unsafe { _mm512_setzero_ps() })
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
             Self(unsafe { _mm512_loadu_ps(from) })
         }
 
@@ -222,8 +254,13 @@ mod x86 {
         const WIDTH: usize = 16;
 
         #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
+        unsafe fn zero() -> Self {
             // SAFETY: by the contract of `strip`, also below.
+            unsafe { _mm512_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
             unsafe { _mm512_loadu_ps(from) }
         }
 
@@ -254,8 +291,13 @@ mod x86 {
         const WIDTH: usize = 8;
 
         #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
+        unsafe fn zero() -> Self {
             // SAFETY: by the contract of `strip`, also below.
+            unsafe { _mm256_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
             unsafe { _mm256_loadu_ps(from) }
         }
 
@@ -300,8 +342,13 @@ mod arm {
         const WIDTH: usize = 4;
 
         #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
+        unsafe fn zero() -> Self {
             // SAFETY: by the contract of `strip`, also below.
+            unsafe { vdupq_n_f32(0.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
             unsafe { vld1q_f32(from) }
         }
 

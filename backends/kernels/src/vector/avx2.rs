@@ -8,7 +8,7 @@
 //!
 //! Where factors may be rounded to bf16, which is off by 2e-3, what is left over is left out: some 3e-5.
 
-use crate::nf4::avx2::{absmax, nibbles, tables, words};
+use crate::nf4::avx2::{absmax_times, nibbles, tables, words};
 use evalfw_engine::nf4::{BLOCK, Nf4Tensor};
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -26,7 +26,7 @@ const AHEAD: usize = 2048;
 const LEVELS: [[u8; 16]; 2] = words(ONE);
 /// Rows whose lanes are summed together: by themselves they take as long as two blocks.
 const ROWS: usize = 4;
-/// Rows whose scales are looked up together.
+/// Rows whose scales are computed together.
 const SCALED: usize = 4 * ROWS;
 /// Lanes of sums in a register.
 const LANES: usize = 8;
@@ -113,10 +113,7 @@ impl Blocks {
         for (i, out) in out.chunks_mut(SCALED).enumerate() {
             let start = (first + SCALED * i) * width;
             scales.resize(out.len() * width, 0.0);
-            absmax(&tensor.scales, start, scales);
-            for (scale, of_x) in scales.iter_mut().zip(&self.scales) {
-                *scale *= of_x;
-            }
+            absmax_times(&tensor.scales, start, &self.scales, scales);
             let (codes, _) = tensor.codes[start * (BLOCK / 2)..].as_chunks();
             let rows = scales.chunks(ROWS * width).zip(codes.chunks(ROWS * width));
             for (out, (scales, codes)) in out.chunks_mut(ROWS).zip(rows) {

@@ -26,6 +26,7 @@ unsafe fn strip<S: Sums, const VECTORS: usize, const N: usize, const TRANSPOSED:
     panel: &[Int16],
     weights: &[Int16],
     sums: &mut [f32],
+    mut from_zero: bool,
 ) {
     let width = S::Vector::WIDTH;
     let lanes = VECTORS * width;
@@ -58,11 +59,13 @@ unsafe fn strip<S: Sums, const VECTORS: usize, const N: usize, const TRANSPOSED:
                 let unit = w.add(n * column).cast::<f32>().read();
                 for (v, total) in totals.iter().enumerate() {
                     let at = out.add(n * lanes + v * width);
-                    total.add_to(S::Vector::load(at), units[v], unit).store(at);
+                    let before = if from_zero { S::Vector::zero() } else { S::Vector::load(at) };
+                    total.add_to(before, units[v], unit).store(at);
                 }
             }
             x = x.add(lanes);
             w = w.add(deeper);
+            from_zero = false;
         }
     }
 }
