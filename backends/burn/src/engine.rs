@@ -14,7 +14,7 @@ use evalfw_engine::protocol::{DeviceLimits, EngineInfo, Quantization, VERSION};
 use evalfw_engine::weights::WeightLoader;
 use evalfw_engine::{Engine, Error, LoadedModel, Result};
 use evalfw_kernels::Products;
-use evalfw_kernels::level::{Factors, level};
+use evalfw_kernels::level::{Factors, instructions};
 use evalfw_kernels::memory::keep_freed_memory;
 
 pub struct BurnEngine {
@@ -73,7 +73,7 @@ impl Engine for BurnEngine {
             device: self.device.info.clone(),
             adapters: self.device.adapters.clone(),
             compute_dtype: Factors::compute_dtype(self.device.products).into(),
-            features: features(self.device.kind, self.variant, self.tuner.is_some()),
+            features: self.features(),
             quantizations: match self.variant {
                 Variant::Stock => stock::quantizations(),
                 Variant::Tuned | Variant::TunedBf16 => Quantization::usual(),
@@ -105,13 +105,16 @@ impl Engine for BurnEngine {
     }
 }
 
-/// The switches that matter on the device and are on.
-fn features(device: BurnDevice, variant: Variant, tunes: bool) -> Vec<String> {
-    let known = match device {
-        BurnDevice::Wgpu => vec![("autotune", tunes)],
-        BurnDevice::Flex => {
-            vec![(level().name(), variant != Variant::Stock), ("x86-v4", cfg!(feature = "x86-v4"))]
-        }
-    };
-    known.into_iter().filter(|(_, on)| *on).map(|(name, _)| name.to_owned()).collect()
+impl BurnEngine {
+    /// The switches that matter on the device and are on.
+    fn features(&self) -> Vec<String> {
+        let known = match self.device.kind {
+            BurnDevice::Wgpu => vec![("autotune", self.tuner.is_some())],
+            BurnDevice::Flex => vec![
+                (instructions(self.device.products), self.variant != Variant::Stock),
+                ("x86-v4", cfg!(feature = "x86-v4")),
+            ],
+        };
+        known.into_iter().filter(|(_, on)| *on).map(|(name, _)| name.to_owned()).collect()
+    }
 }

@@ -4,7 +4,8 @@ use crate::CandleDevice;
 use candle_core::Device;
 use evalfw_engine::protocol::{DeviceInfo, DeviceKind, DeviceMemory};
 use evalfw_engine::{Error, Result};
-use evalfw_kernels::level::level;
+use evalfw_kernels::Products;
+use evalfw_kernels::level::instructions;
 use std::panic::catch_unwind;
 
 pub fn open(kind: CandleDevice) -> Result<Device> {
@@ -49,11 +50,11 @@ fn open_gpu(
 
 /// What the speed depends on beside the device: the instructions that the kernels use, and features of the
 /// build.
-pub fn features(kind: CandleDevice) -> Vec<String> {
-    let level = (kind == CandleDevice::Cpu).then(|| level().name());
+pub fn features(kind: CandleDevice, products: Products) -> Vec<String> {
+    let instructions = (kind == CandleDevice::Cpu).then(|| instructions(products));
     let built = [("cuda", cfg!(feature = "cuda")), ("metal", cfg!(feature = "metal"))];
     let built = built.iter().filter(|(_, on)| *on).map(|(name, _)| *name);
-    level.into_iter().chain(built).map(str::to_owned).collect()
+    instructions.into_iter().chain(built).map(str::to_owned).collect()
 }
 
 pub fn info(device: &Device) -> DeviceInfo {

@@ -66,7 +66,10 @@ impl Engine for CandleEngine {
             device: device::info(&self.device),
             adapters: None,
             compute_dtype: compute_dtype(self.kind, self.products).to_owned(),
-            features: device::features(self.kind).into_iter().chain(self.notes.clone()).collect(),
+            features: device::features(self.kind, self.products)
+                .into_iter()
+                .chain(self.notes.clone())
+                .collect(),
             quantizations: vec![Quantization::None, Quantization::Nf4, Quantization::Native],
             threads: rayon::current_num_threads(),
             tunes: false,

@@ -91,6 +91,14 @@ pub fn has_tiles() -> bool {
     *TILES.get_or_init(|| has_bf16_products() && limit().is_none() && may_use_tiles())
 }
 
+/// As an engine on the CPU states it: what it multiplies with.
+pub fn instructions(products: Products) -> &'static str {
+    match products {
+        Products::Bf16 if has_tiles() => "amx",
+        _ => level().name(),
+    }
+}
+
 /// Asks for the registers: Linux saves their 8 KiB only for processes that have.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn may_use_tiles() -> bool {

@@ -65,7 +65,13 @@ fn sums_of_part<K: Kernel>(matrix: &HostMatrix, y: &[f32], part: Range<usize>) -
             let columns = columns(group, width);
             scratch.widen::<true>(matrix, columns.clone(), tile.clone());
             for (panel, sums) in sums.chunks_mut(COLUMNS * K::LANES).enumerate() {
-                multiply_tile::<K, true>(y.part::<K>(panel, &tile), &scratch.tile, columns.len(), sums, false);
+                multiply_tile::<K, true>(
+                    y.part::<K>(panel, &tile),
+                    &scratch.tile,
+                    columns.len(),
+                    sums,
+                    false,
+                );
             }
         }
     }
