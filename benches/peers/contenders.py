@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,10 @@ class Evalfw(Contender):
     jobs = ("load", "train", "infer")
 
     def command(self, job: str) -> list[str]:
+        # Said in the command, so that it stands in the record.
+        limit = os.environ.get("EVALFW_SIMD")
         return [
+            *(("env", f"EVALFW_SIMD={limit}") if limit else ()),
             *(self.binary, "run", "--engine", self.name, "--scenarios", str(self.scenarios)),
             *("--suite", job, "--model", str(self.checkpoint), "--threads", str(self.settings.threads)),
             *("--out", str(self.scratch / "runs"), "--json"),

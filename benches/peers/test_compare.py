@@ -247,6 +247,13 @@ class Answers(unittest.TestCase):
         head = {"outcome": "ok", "error": None, "peak_memory_bytes": 9, "environment": environment}
         return [{**head, "framework": "candle", "framework_version": "2", "samples": samples}]
 
+    def test_what_the_kernels_are_kept_to_stands_in_the_command(self) -> None:
+        with mock.patch.dict(os.environ, {"EVALFW_SIMD": "avx2"}):
+            self.assertEqual(self.evalfw().command("load")[:3], ["env", "EVALFW_SIMD=avx2", "evalfw"])
+        with mock.patch.dict(os.environ):
+            os.environ.pop("EVALFW_SIMD", None)
+            self.assertEqual(self.evalfw().command("load")[0], "evalfw")
+
     def test_warm_up_does_not_count(self) -> None:
         samples = self.evalfw().read("train", answer(self.record()))
         self.assertEqual((samples.step_seconds, samples.losses), ([8.0, 7.0], [12.0] * 3))

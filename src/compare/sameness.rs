@@ -8,7 +8,7 @@ use crate::scenario::Scenario;
 /// Two machines with the same memory may report a little of it apart.
 const MEMORY_TOLERANCE: f64 = 0.02;
 /// What engines on the CPU name among their features.
-const INSTRUCTIONS: [&str; 5] = ["portable", "neon", "avx2", "avx512", "amx"];
+const INSTRUCTIONS: [&str; 4] = ["portable", "neon", "avx2", "avx512"];
 
 /// In what the sides differ that should be the same, each difference once, in words.
 pub fn differences(base: &[CellRecord], head: &[CellRecord]) -> Vec<String> {

@@ -88,34 +88,29 @@ pub fn load_share(cell: &CellRecord) -> Option<f64> {
 
 /// Of the rate of matrix products, in training.
 pub fn train_share(cell: &CellRecord) -> Option<f64> {
-    let (config, limits) = known(cell)?;
+    let config = cell.model.config.as_ref()?;
     let Scenario::Train(scenario) = &cell.parameters else { return None };
     let rows = scenario.rows_per_step() as f64;
     let steps: Vec<_> = counted_steps(&cell.samples).collect();
     let trained = steps.iter().map(|step| step.trained_tokens as f64).sum::<f64>() / steps.len() as f64;
     let flops = rows * step_flops(config, scenario.sequence_length, scenario.lora_r, trained / rows);
     let seconds = median(steps.iter().map(|step| step.seconds))?;
-    finite(flops / seconds / matrix_limit(cell, limits)?)
+    finite(flops / seconds / matrix_limit_of(cell)?)
 }
 
 /// The same, of the prompt.
 pub fn prefill_share(cell: &CellRecord) -> Option<f64> {
-    let (config, limits) = known(cell)?;
+    let config = cell.model.config.as_ref()?;
     let Scenario::Infer(scenario) = &cell.parameters else { return None };
     let seconds = median(counted_prefills(&cell.samples).map(|(_, seconds)| seconds))?;
-    finite(prefill_flops(config, scenario.prompt_tokens) / seconds / matrix_limit(cell, limits)?)
+    finite(prefill_flops(config, scenario.prompt_tokens) / seconds / matrix_limit_of(cell)?)
 }
 
 /// Of the rate at which memory is read, in generating.
 pub fn decode_share(cell: &CellRecord) -> Option<f64> {
-    let (config, _) = known(cell)?;
+    let config = cell.model.config.as_ref()?;
     let rate = rate(counted_decodes(&cell.samples))?;
     finite(token_bytes(config, cell.quantization) * rate / read_limit_of(cell)?)
-}
-
-/// What a share takes beside the times.
-fn known(cell: &CellRecord) -> Option<(&ModelConfig, &Limits)> {
-    Some((cell.model.config.as_ref()?, cell.limits.as_ref()?))
 }
 
 fn finite(share: f64) -> Option<f64> {
@@ -148,7 +143,7 @@ impl Best {
 
 /// The limit that [`train_share`] and [`prefill_share`] are held against.
 pub fn matrix_limit_of(cell: &CellRecord) -> Option<f64> {
-    matrix_limit(cell, cell.limits.as_ref()?)
+    matrix_limit(cell.compute_dtype.as_deref().unwrap_or("f32"), cell.limits.as_ref()?)
 }
 
 /// That of [`decode_share`].
@@ -161,14 +156,14 @@ pub fn read_limit_of(cell: &CellRecord) -> Option<f64> {
 }
 
 /// Of the type in which the engine multiplies: one that does so in 16 bits is held against the faster of that and f32.
-fn matrix_limit(cell: &CellRecord, limits: &Limits) -> Option<f64> {
+fn matrix_limit(compute_dtype: &str, limits: &Limits) -> Option<f64> {
     let (f32, bf16, int16) = match &limits.device {
         Some(device) => (device.f32_flops, device.bf16_flops, None),
         None => (limits.host.f32_flops, limits.host.bf16_flops, limits.host.int16_flops),
     };
-    let multiplies_in = |name| cell.compute_dtype.as_deref().is_some_and(|dtype| dtype.contains(name));
-    let in_16_bits = [bf16.filter(|_| multiplies_in("bf16")), int16.filter(|_| multiplies_in("int16"))];
-    f32.map(|f32| in_16_bits.into_iter().flatten().fold(f32, f64::max))
+    let in_16_bits =
+        [("bf16", bf16), ("int16", int16)].into_iter().filter(|(name, _)| compute_dtype.contains(name));
+    f32.map(|f32| in_16_bits.filter_map(|(_, rate)| rate).fold(f32, f64::max))
 }
 
 #[cfg(test)]
@@ -186,6 +181,29 @@ mod tests {
         let bytes = token_bytes(&config, Quantization::Nf4);
         assert_eq!(bytes.round(), TOKEN_BYTES);
         assert_eq!(token_bytes(&config, Quantization::Native), token_bytes(&config, Quantization::Nf4));
+    }
+
+    #[test]
+    fn an_engine_is_held_against_the_rate_of_what_it_multiplies() {
+        use crate::measure::limits::HostLimits;
+        let host = |bf16_flops, int16_flops| HostLimits {
+            f32_flops: Some(100.0),
+            bf16_flops,
+            int16_flops,
+            ..HostLimits::default()
+        };
+        let limit = |dtype, host| matrix_limit(dtype, &Limits { host, device: None });
+        let (bf16, int16) = (host(Some(200.0), None), host(None, Some(150.0)));
+        for (dtype, of_bf16, of_int16) in
+            [("f32", 100.0, 100.0), ("bf16 products", 200.0, 100.0), ("int16 products", 100.0, 150.0)]
+        {
+            assert_eq!((limit(dtype, bf16), limit(dtype, int16)), (Some(of_bf16), Some(of_int16)), "{dtype}");
+        }
+        // f32 is always there to take.
+        assert_eq!(limit("int16 products", host(None, Some(50.0))), Some(100.0));
+        let gpu = DeviceLimits { f32_flops: Some(1e3), bf16_flops: Some(4e3), ..DeviceLimits::default() };
+        let limits = Limits { host: bf16, device: Some(gpu) };
+        assert_eq!(matrix_limit("bf16", &limits), Some(4e3));
     }
 
     const STEP_FLOPS: f64 = 1_011_495_206_912.0;

@@ -108,12 +108,13 @@ impl Engine for BurnEngine {
 impl BurnEngine {
     /// The switches that matter on the device and are on.
     fn features(&self) -> Vec<String> {
-        let known = match self.device.kind {
+        let known: Vec<_> = match self.device.kind {
             BurnDevice::Wgpu => vec![("autotune", self.tuner.is_some())],
-            BurnDevice::Flex => vec![
-                (instructions(self.device.products), self.variant != Variant::Stock),
-                ("x86-v4", cfg!(feature = "x86-v4")),
-            ],
+            BurnDevice::Flex => {
+                let ours = self.variant != Variant::Stock;
+                let instructions = instructions(self.device.products).map(|name| (name, ours));
+                instructions.chain([("x86-v4", cfg!(feature = "x86-v4"))]).collect()
+            }
         };
         known.into_iter().filter(|(_, on)| *on).map(|(name, _)| name.to_owned()).collect()
     }

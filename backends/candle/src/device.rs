@@ -51,10 +51,10 @@ fn open_gpu(
 /// What the speed depends on beside the device: the instructions that the kernels use, and features of the
 /// build.
 pub fn features(kind: CandleDevice, products: Products) -> Vec<String> {
-    let instructions = (kind == CandleDevice::Cpu).then(|| instructions(products));
+    let instructions = (kind == CandleDevice::Cpu).then(|| instructions(products)).into_iter().flatten();
     let built = [("cuda", cfg!(feature = "cuda")), ("metal", cfg!(feature = "metal"))];
     let built = built.iter().filter(|(_, on)| *on).map(|(name, _)| *name);
-    instructions.into_iter().chain(built).map(str::to_owned).collect()
+    instructions.chain(built).map(str::to_owned).collect()
 }
 
 pub fn info(device: &Device) -> DeviceInfo {

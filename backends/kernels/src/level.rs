@@ -91,12 +91,10 @@ pub fn has_tiles() -> bool {
     *TILES.get_or_init(|| has_bf16_products() && limit().is_none() && may_use_tiles())
 }
 
-/// As an engine on the CPU states it: what it multiplies with.
-pub fn instructions(products: Products) -> &'static str {
-    match products {
-        Products::Bf16 if has_tiles() => "amx",
-        _ => level().name(),
-    }
+/// As an engine on the CPU states them: what it multiplies with.
+pub fn instructions(products: Products) -> impl Iterator<Item = &'static str> {
+    let tiles = products == Products::Bf16 && has_tiles();
+    [level().name()].into_iter().chain(tiles.then_some("amx"))
 }
 
 /// Asks for the registers: Linux saves their 8 KiB only for processes that have.

@@ -96,8 +96,8 @@ const LINES: [[f32; LANES]; 2] = {
     lines
 };
 
-/// The scales of the blocks from `first` on, times factors. Computed instead of looked up, which is off by 1e-6 of the
-/// nested scale at most.
+/// The scales of the blocks from `first` on, times factors. Computed instead of looked up, which is off by at most 1e-6
+/// of the nested scale and what rounding takes.
 #[target_feature(enable = "avx2,fma")]
 pub fn absmax_times(scales: &Scales, first: usize, factors: &[f32], out: &mut [f32]) {
     let mut start = 0;

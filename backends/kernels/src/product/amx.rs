@@ -73,7 +73,7 @@ fn turn(across: &[Pair], columns: usize, tile: &mut [Pair]) {
     let depths = across.len() / super::COLUMNS;
     let last = (columns.next_multiple_of(SIDE) - 1) * COLUMN_STRIDE + depths;
     assert!(columns <= super::COLUMNS && super::COLUMNS.is_multiple_of(SIDE) && depths.is_multiple_of(SIDE));
-    assert!(columns == 0 || last <= tile.len());
+    assert!(last <= tile.len());
     let Some(squares) = Squares::of_this_cpu().filter(|squares| squares.side == SIDE) else {
         unreachable!("AMX comes with AVX-512");
     };
@@ -106,8 +106,9 @@ impl Kernel for Amx {
         let (columns, depths) = (sums.len() / LANES, panel.len() / LANES);
         assert!(sums.len().is_multiple_of(LANES) && panel.len().is_multiple_of(LANES * SIDE));
         assert!(columns > 0 && depths > 0 && (columns - 1) * COLUMN_STRIDE + depths <= weights.len());
+        let sums = sums.as_mut_ptr();
         let (start, distance) =
-            if from_zero { (ZEROS.0.as_ptr(), 0) } else { (sums.as_ptr(), LANES * size_of::<f32>()) };
+            if from_zero { (ZEROS.0.as_ptr(), 0) } else { (sums.cast_const(), LANES * size_of::<f32>()) };
         let strip = Strip {
             shapes: &SHAPES[columns - 1],
             panel: panel.as_ptr(),
@@ -115,7 +116,7 @@ impl Kernel for Amx {
             groups: depths / SIDE,
             start,
             distance,
-            sums: sums.as_mut_ptr(),
+            sums,
         };
         // SAFETY: a kernel is used only where its instructions have been found, and the assertions bound all that is
         // read and written.
@@ -269,7 +270,7 @@ impl Strip {
     }
 }
 
-/// The same without its instructions, so that the order of the lanes is tested on other CPUs, too.
+/// The same without its instructions, so that the order of the lanes is tested on all CPUs with bf16.
 #[cfg(test)]
 pub struct InLoops;
 

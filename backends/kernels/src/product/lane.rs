@@ -16,7 +16,7 @@ pub trait Lane: Copy + Default + Send + Sync + 'static {
         depths.div_ceil(Self::DEPTHS)
     }
 
-    /// Joins values that lie along the depth. What is missing in the last lane is zero.
+    /// Joins values that lie along the depth. What is missing in the last lanes is zero.
     fn join_along(values: &[f32], lanes: &mut [Self]);
 
     /// Fills a tile with weights.

@@ -13,7 +13,7 @@ const SQUARE: usize = 16;
 const PIECE: usize = 16 * SQUARE;
 
 /// A part of the depth of row-major `x` `[rows, depth]` as `[panels, part, lanes]`; rows that are missing in the
-/// last panel are zero, as is what is missing in the last lane of the part.
+/// last panel are zero, as is what is missing in the last lanes of the part.
 pub fn panels<L: Lane>(x: &[f32], depth: usize, part: Range<usize>, lanes: usize) -> Vec<L> {
     let rows = x.len() / depth;
     let panel_size = lanes * L::lanes_of(part.len());

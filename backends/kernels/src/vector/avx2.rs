@@ -3,8 +3,8 @@
 //! AVX2 looks up bytes: two look-ups give a level in 16 bits, and four, with many more shuffles, one in f32. So the
 //! levels are taken as multiples of 1/[`ONE`], and each block of the vector as 16-bit multiples of a scale of its own.
 //! What is left over, less than one of these multiples, is multiplied by the upper byte of the levels alone. Sums of a
-//! block are exact in 32 bits; blocks are added up in f32. What remains is the rounding of the levels: a product of
-//! random vectors is off by some 1e-5 of its usual size.
+//! block are exact in 32 bits; blocks are added up in f32. What remains is the rounding of the levels, and a little
+//! of the scales of blocks: a product of random vectors is off by some 1e-5 of its usual size.
 //!
 //! Where factors may be rounded to bf16, which is off by 2e-3, what is left over is left out: some 3e-5.
 
@@ -77,7 +77,7 @@ pub enum Rounding {
 }
 
 impl Blocks {
-    /// `None` where the vector does not consist of whole blocks or the sum of a block is not finite.
+    /// `None` where the vector does not consist of whole blocks, or sizes in one add up to what is not finite.
     ///
     /// # Safety
     /// The CPU has AVX2 and FMA.
@@ -192,7 +192,7 @@ fn sums_of_lanes(registers: [__m256; ROWS]) -> [f32; ROWS] {
     out
 }
 
-/// And the scale: what 1 times a level of 1 stands for. `None` where the sum of sizes is not finite.
+/// And the scale: what 1 times a level of 1 stands for. `None` where the sizes of a lane add up to what is not finite.
 // Loops: closures that the methods of arrays call are not compiled for the instructions.
 #[target_feature(enable = "avx2,fma")]
 fn block(x: &[f32; BLOCK], rounding: Rounding) -> Option<(Block, f32)> {
@@ -376,10 +376,14 @@ mod tests {
             unsafe { Blocks::new(&[size; 64], Rounding::WithRest).unwrap().add_rows(&tensor, 0, &mut out) };
             assert_eq!(out, [1.0]);
         }
-        for bad in [f32::NAN, f32::INFINITY] {
-            // SAFETY: as above, also below.
-            assert!(unsafe { Blocks::new(&[bad; 64], Rounding::WithRest) }.is_none());
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for place in 0..BLOCK {
+                let x: [f32; BLOCK] = std::array::from_fn(|i| if i == place { bad } else { 1.0 });
+                // SAFETY: as above, also below.
+                assert!(unsafe { Blocks::new(&x, Rounding::WithRest) }.is_none(), "{bad} at {place}");
+            }
         }
+        assert!(unsafe { Blocks::new(&[f32::MAX; 64], Rounding::WithRest) }.is_none());
         assert!(unsafe { Blocks::new(&[1.0; 65], Rounding::WithRest) }.is_none());
     }
 
