@@ -151,6 +151,9 @@ def with_names(places: Places, args: argparse.Namespace, python: Path | None) ->
         given[python] = "python"
         if (python.parents[1] / "pyvenv.cfg").is_file():
             given[python.parents[1]] = "$VENV"
+    for name in ("EVALFW_LLAMA_VENV", "EVALFW_REFERENCE_VENV"):
+        if venv := os.environ.get(name):
+            given[Path(venv)] = f"${name}"
     return dataclasses.replace(places, given=given)
 
 

@@ -460,6 +460,13 @@ class Publishing(unittest.TestCase):
         shown = places.display("/t/venv/bin/python3 --model /m/7b in /t/venv/lib/torch")
         self.assertEqual(shown, "python --model $CHECKPOINT in $VENV/lib/torch")
 
+    def test_an_environment_of_ones_own_is_shown_by_its_variable(self) -> None:
+        places = Places(Path("/c/peers"), Path("/tmp/scratch-1"))
+        args = compare.arguments(["--out", "/o"])
+        with mock.patch.dict(os.environ, {"EVALFW_LLAMA_VENV": "/v/llama"}):
+            places = compare.with_names(places, args, None)
+        self.assertEqual(places.display("/v/llama/bin/python x"), "$EVALFW_LLAMA_VENV/bin/python x")
+
     def test_folders_of_this_machine_are_not_shown(self) -> None:
         places = Places(Path.home() / ".cache" / "evalfw" / "peers", Path("/tmp/scratch-1"))
         shown = places.display(f"{Path.home()}/.cache/evalfw/x /tmp/scratch-1/runs {Path.home()}/y")
