@@ -169,7 +169,9 @@ fn matrix_limit(compute_dtype: &str, limits: &Limits) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::measure::limits::HostLimits;
     use crate::model::Preset;
+    use evalfw_engine::protocol::DeviceLimits;
 
     /// By benches/peers/work.py, an implementation of its own: `Shapes(896, 4864, 24, 14, 2, 64, 151936)` with a sequence
     /// of 512, rank 16 and 400 trained tokens, without recompute, and `nf4_weight_bytes`.
@@ -185,7 +187,6 @@ mod tests {
 
     #[test]
     fn an_engine_is_held_against_the_rate_of_what_it_multiplies() {
-        use crate::measure::limits::HostLimits;
         let host = |bf16_flops, int16_flops| HostLimits {
             f32_flops: Some(100.0),
             bf16_flops,
