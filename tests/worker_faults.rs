@@ -86,6 +86,30 @@ fn a_death_in_the_middle_of_a_reply_is_a_crash() {
 }
 
 #[test]
+fn a_death_in_the_middle_of_a_reply_is_a_crash_beside_an_agent_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let engines = dir.path().join("engines.toml");
+    let script = r#"read line; printf "{\"id\":1,\"resu"; exit 9"#;
+    let declared = format!(
+        "[[engine]]\nname = \"cut\"\nsummary = \"A test's\"\ncommand = [\"sh\", \"-c\", '{script}']\n"
+    );
+    std::fs::write(&engines, declared).unwrap();
+    let command = WorkerCommand {
+        program: assert_cmd::cargo::cargo_bin("evalfw"),
+        arguments: ["worker", "cut", "--agent", "--engines-file"]
+            .map(Into::into)
+            .into_iter()
+            .chain([engines.into()])
+            .collect(),
+        environment: Vec::new(),
+        agent: true,
+    };
+    let failure = Client::start(&command, None, Duration::from_secs(5)).unwrap().hello().unwrap_err();
+    assert_eq!(failure.outcome(), Outcome::Crashed, "{failure}");
+    assert!(failure.to_string().contains('9'), "{failure}");
+}
+
+#[test]
 fn silence_is_a_timeout_and_the_whole_process_group_is_ended() {
     let dir = tempfile::tempdir().unwrap();
     let pid_file = dir.path().join("pid");

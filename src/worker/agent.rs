@@ -101,6 +101,8 @@ pub fn serve(engine: &str, threads: Option<usize>, engines_file: Option<&Path>) 
             }
             // If the worker is gone its end is the next event.
             Event::FromHarness(text) => drop(process.send(text.trim_end())),
+            // Without its end the line was cut off by the worker's own end, which is the next event.
+            Event::FromWorker(Line::Text(text)) if !text.ends_with('\n') => {}
             Event::FromWorker(Line::Text(text)) => say(&text)?,
             // The harness refuses it as it would have refused the worker's own line.
             Event::FromWorker(Line::Garbage(what)) => say(&what)?,
