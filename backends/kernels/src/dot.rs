@@ -54,7 +54,7 @@ fn sum_of_rest<T: Copy>(a: &[T], b: &[f32], widen: impl Fn(T) -> f32) -> f32 {
 
 /// By hand: compilers keep two sums in each register once these are added up.
 #[cfg(target_arch = "x86_64")]
-pub mod avx2 {
+mod avx2 {
     use super::{LANES, sum_of_rest, widen_bf16};
     use half::bf16;
     use std::arch::x86_64::*;
@@ -98,7 +98,7 @@ pub mod avx2 {
 
     #[target_feature(enable = "avx2,fma")]
     #[inline]
-    pub fn sum_of_lanes(sum: __m256) -> f32 {
+    fn sum_of_lanes(sum: __m256) -> f32 {
         let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
         let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
         _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))

@@ -45,7 +45,6 @@ pub fn narrow(tensor: &Nf4Tensor, start: usize, out: &mut [bf16]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use evalfw_engine::nf4::{NESTED_BLOCK, Scales};
 
     #[test]
     fn every_code_decodes_as_in_the_tensor_itself() {
@@ -102,6 +101,7 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn computed_scales_are_near_those_that_are_looked_up() {
+        use evalfw_engine::nf4::{NESTED_BLOCK, Scales};
         if !Level::Avx2.is_there() {
             return eprintln!("left out: this CPU has no AVX2");
         }

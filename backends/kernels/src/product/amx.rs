@@ -117,10 +117,11 @@ impl Kernel for Amx {
             start,
             distance,
             sums,
+            second: if columns > SIDE { SIDE } else { 0 },
         };
         // SAFETY: a kernel is used only where its instructions have been found, and the assertions bound all that is
         // read and written.
-        unsafe { if columns <= SIDE { strip.one() } else { strip.two() } };
+        unsafe { strip.multiply() };
     }
 }
 
@@ -141,7 +142,7 @@ struct Shapes {
 }
 
 /// For each number of columns. Registers 0 to 3 are the sums of two parts of the columns with two of the lanes, 4 and 5
-/// the weights, 6 and 7 the panel.
+/// the weights, 6 and 7 the panel. Where there is one part only, it is both.
 static SHAPES: [Shapes; 2 * SIDE] = {
     const NONE: Shapes =
         Shapes { palette: 1, start_row: 0, reserved: [0; 14], bytes: [0; 16], rows: [0; 16] };
@@ -150,12 +151,12 @@ static SHAPES: [Shapes; 2 * SIDE] = {
     while i < all.len() {
         let columns = i + 1;
         let first = if columns < SIDE { columns } else { SIDE };
-        let second = columns - first;
+        let second = if columns > SIDE { columns - SIDE } else { columns };
         let rows = [first, first, second, second, first, second, SIDE, SIDE];
         let mut register = 0;
         while register < rows.len() {
             all[i].rows[register] = rows[register] as u8;
-            all[i].bytes[register] = if rows[register] == 0 { 0 } else { ROW as u16 };
+            all[i].bytes[register] = ROW as u16;
             register += 1;
         }
         i += 1;
@@ -174,63 +175,22 @@ struct Strip {
     start: *const f32,
     distance: usize,
     sums: *mut f32,
+    /// The column with which the second part begins: as the first where there is one part only.
+    second: usize,
 }
 
 impl Strip {
-    /// Up to 16 columns.
-    ///
     /// # Safety
     /// The CPU has AMX, and all memory is there.
-    unsafe fn one(self) {
+    unsafe fn multiply(self) {
         // SAFETY: by the contract of this function.
         unsafe {
             asm!(
                 "ldtilecfg [{shapes}]",
                 "tileloadd tmm0, [{start} + {distance}]",
                 "tileloadd tmm1, [{start} + {distance} + {half}]",
-                "2:",
-                "tileloadd tmm4, [{weights} + {column}]",
-                "tileloadd tmm6, [{panel} + {lanes}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{panel} + {lanes} + {half}]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "add {weights}, {half}",
-                "add {panel}, {square}",
-                "dec {groups}",
-                "jnz 2b",
-                "tilestored [{sums} + {lanes}], tmm0",
-                "tilestored [{sums} + {lanes} + {half}], tmm1",
-                "tilerelease",
-                shapes = in(reg) self.shapes,
-                start = in(reg) self.start,
-                distance = in(reg) self.distance,
-                sums = in(reg) self.sums,
-                weights = inout(reg) self.weights => _,
-                panel = inout(reg) self.panel => _,
-                groups = inout(reg) self.groups => _,
-                lanes = in(reg) LANES * size_of::<f32>(),
-                column = in(reg) COLUMN_STRIDE * size_of::<Pair>(),
-                half = const ROW,
-                square = const SIDE * LANES * size_of::<Pair>(),
-                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
-        }
-    }
-
-    /// 17 to 32 columns.
-    ///
-    /// # Safety
-    /// As of [`one`](Self::one).
-    unsafe fn two(self) {
-        // SAFETY: by the contract of this function; the second part begins after 16 columns.
-        unsafe {
-            asm!(
-                "ldtilecfg [{shapes}]",
-                "tileloadd tmm0, [{start} + {distance}]",
-                "tileloadd tmm1, [{start} + {distance} + {half}]",
-                "tileloadd tmm2, [{start} + {distance} + {square}]",
-                "tileloadd tmm3, [{start} + {distance} + {square} + {half}]",
+                "tileloadd tmm2, [{more_start} + {distance}]",
+                "tileloadd tmm3, [{more_start} + {distance} + {half}]",
                 "2:",
                 "tileloadd tmm4, [{weights} + {column}]",
                 "tileloadd tmm6, [{panel} + {lanes}]",
@@ -247,15 +207,17 @@ impl Strip {
                 "jnz 2b",
                 "tilestored [{sums} + {lanes}], tmm0",
                 "tilestored [{sums} + {lanes} + {half}], tmm1",
-                "tilestored [{sums} + {lanes} + {square}], tmm2",
-                "tilestored [{sums} + {lanes} + {square} + {half}], tmm3",
+                "tilestored [{more_sums} + {lanes}], tmm2",
+                "tilestored [{more_sums} + {lanes} + {half}], tmm3",
                 "tilerelease",
                 shapes = in(reg) self.shapes,
                 start = in(reg) self.start,
+                more_start = in(reg) self.start.add(self.second * LANES),
                 distance = in(reg) self.distance,
                 sums = in(reg) self.sums,
+                more_sums = in(reg) self.sums.add(self.second * LANES),
                 weights = inout(reg) self.weights => _,
-                more_weights = inout(reg) self.weights.add(SIDE * COLUMN_STRIDE) => _,
+                more_weights = inout(reg) self.weights.add(self.second * COLUMN_STRIDE) => _,
                 panel = inout(reg) self.panel => _,
                 groups = inout(reg) self.groups => _,
                 lanes = in(reg) LANES * size_of::<f32>(),

@@ -30,7 +30,7 @@ use std::ops::Range;
 use strip::{Kernel, Portable};
 use tile::{Wanted, Weights};
 
-/// Depth of a tile, in lanes, at most.
+/// Depth of a tile, in lanes.
 const DEPTH: usize = 512;
 /// Columns of a tile at most; a multiple of [`BLOCK`].
 const COLUMNS: usize = 192;
@@ -216,7 +216,7 @@ fn multiply<K: Kernel, const TRANSPOSED: bool>(
 
 /// A depth in tiles.
 fn tiles<K: Kernel>(depth: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let size = K::DEPTH / K::Lane::GROUP * K::Lane::DEPTHS;
+    let size = DEPTH / K::Lane::GROUP * K::Lane::DEPTHS;
     depth.clone().step_by(size).map(move |first| first..depth.end.min(first + size))
 }
 

@@ -1,7 +1,7 @@
 //! The innermost product: one panel of activations times a strip of columns, with all sums in registers.
 
 use super::lane::Lane;
-use super::{COLUMN_STRIDE, COLUMNS, DEPTH};
+use super::{COLUMN_STRIDE, COLUMNS};
 
 /// An instruction set's way of multiplying.
 pub trait Kernel {
@@ -10,8 +10,6 @@ pub trait Kernel {
     const LANES: usize;
     /// Columns of a strip at most.
     const COLUMNS: usize;
-    /// Depth of a tile, in lanes.
-    const DEPTH: usize = DEPTH;
 
     /// `sums[c, lane] += Σ_d panel[d, lane] · weights(d, c)`, for `sums.len() / LANES` columns. The weights
     /// lie along the depth with [`COLUMN_STRIDE`] between columns, or, transposed, along the columns with
